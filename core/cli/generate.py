@@ -1,0 +1,74 @@
+"""`modelport generate`: continue one prompt, token by token.
+
+Decisions: the prompt goes to the model as it is, `--chat` wraps it in the model's chat template; text goes to stdout
+and everything about it to stderr, so that a pipe gets the text alone; likeliest tokens by default, so that the same
+command gives the same text.
+"""
+
+import argparse
+import sys
+import time
+
+from modelport.cli.flags import add_engine_flags, add_sampling_flags, engine_settings, sampling_params
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="the prompt; `-`, or nothing in a pipe, reads it from stdin")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message: apply the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
+    parser.add_argument("--no-stream", dest="stream", action="store_false", help="print the text when it is complete")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no timings on stderr")
+    add_sampling_flags(parser, max_tokens=256, temperature=0.0)
+    add_engine_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = _read_prompt(args.prompt)
+    params = sampling_params(args)
+
+    from modelport import LLM
+
+    started = time.perf_counter()
+    llm = LLM(**engine_settings(args))
+    loaded = time.perf_counter()
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages.append({"role": "user", "content": prompt})
+    as_chat = args.chat or args.system is not None
+    first = None
+    if args.stream:
+        shown = 0
+        for output in llm.stream_chat(messages, params) if as_chat else llm.stream(prompt, params):
+            first = first or time.perf_counter()
+            text = output.outputs[0].text
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    else:
+        results = (
+            llm.chat(messages, params, use_tqdm=False) if as_chat else llm.generate(prompt, params, use_tqdm=False)
+        )
+        (output,) = results
+        print(output.outputs[0].text, end="")
+    print(flush=True)
+    if not args.quiet:
+        tokens = len(output.outputs[0].token_ids)
+        print(_timings(tokens, loaded - started, loaded, first, time.perf_counter()), file=sys.stderr)
+    return 0
+
+
+def _read_prompt(given: str | None) -> str:
+    if given not in (None, "-"):
+        return given
+    if given is None and sys.stdin.isatty():
+        raise ValueError('there is no prompt; write it in quotes, as in: modelport generate "Once upon a time"')
+    return sys.stdin.read().removesuffix("\n")  # the one that `echo` adds
+
+
+def _timings(tokens: int, loading: float, start: float, first: float | None, end: float) -> str:
+    """One line. The rate counts the tokens after the first where the first was seen: what a reader waits for."""
+    if first is not None and tokens > 1:
+        rate = (tokens - 1) / max(end - first, 1e-9)
+        return (
+            f"{tokens} tokens, {rate:.1f} tokens per second; first token after {first - start:.2f} s; "
+            f"model loaded in {loading:.1f} s"
+        )
+    return f"{tokens} tokens in {end - start:.2f} s; model loaded in {loading:.1f} s"

@@ -1,0 +1,112 @@
+"""What users set (`EngineConfig`) and what models read (`TextConfig`).
+
+Decisions: a model's configuration lists exactly what the model reads, with its defaults, under Hugging Face keys;
+spellings of older checkpoints are folded into today's before validation, so that a family file sees one form.
+"""
+
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RopeParameters(BaseModel):
+    """Rotary position settings, as transformers 5 writes them under `rope_parameters`."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int | None = None
+
+
+class TextConfig(BaseModel):
+    """The common part of a text model's `config.json`; a family subclasses it and adds what it reads.
+
+    `aliases` maps a family's own key names to the common ones (`{"n_embd": "hidden_size"}`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    aliases: ClassVar[dict[str, str]] = {}
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0  # filled from num_attention_heads when absent
+    head_dim: int = 0  # filled as hidden_size / num_attention_heads when absent
+    intermediate_size: int = 0
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters = RopeParameters()
+    dtype: str | None = None
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _todays_spelling(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for old, new in cls.aliases.items():
+            if old in data:
+                data.setdefault(new, data.pop(old))
+        # Published configs write null for "the default", except where None is a value of its own.
+        data = {k: v for k, v in data.items() if v is not None or cls._takes_none(k)}
+        if "torch_dtype" in data:
+            data.setdefault("dtype", data.pop("torch_dtype"))
+        data["rope_parameters"] = _rope(data)
+        heads = data.get("num_attention_heads")
+        if heads and "hidden_size" in data:
+            data.setdefault("num_key_value_heads", heads)
+            if cls.model_fields["head_dim"].default == 0:
+                data.setdefault("head_dim", data["hidden_size"] // heads)
+        return data
+
+    @classmethod
+    def _takes_none(cls, key: str) -> bool:
+        return key in cls.model_fields and type(None) in get_args(cls.model_fields[key].annotation)
+
+
+def _rope(data: dict[str, Any]) -> Any:
+    """transformers 4 wrote `rope_theta` beside `rope_scaling: {type, factor}`; 5 writes one `rope_parameters`."""
+    given = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        return given
+    rope = {k: v for k, v in given.items() if v is not None}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in data:
+            rope.setdefault(key, data[key])
+    return rope
+
+
+class EngineConfig(BaseModel):
+    """What a user sets when an engine is made. Everything but `model` has a measured or derived default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="path of a checkpoint, or a name that a source knows")
+    revision: str | None = Field(None, description="branch, tag or commit of the model")
+    tokenizer: str | None = Field(None, description="path or name of the tokenizer, when it is not the model's")
+    skip_tokenizer_init: bool = Field(False, description="no tokenizer: prompts are token ids, outputs have no text")
+    trust_remote_code: bool = Field(False, description="allow a tokenizer's own Python code to run")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and cache")
+    device: str = Field("auto", description="cpu, cuda, or auto")
+    load_format: Literal["auto", "safetensors", "gguf", "pt", "dummy"] = Field("auto", description="checkpoint format")
+    seed: int = Field(0, description="seed of requests that bring none")
+    max_model_len: int | None = Field(None, gt=0, description="longest prompt plus output, in tokens")
+    max_num_seqs: int | None = Field(None, gt=0, description="most requests in one step; 256 or fewer when not given")
+    max_num_batched_tokens: int | None = Field(None, gt=0, description="most tokens in one step (prefill chunk size)")
+    block_size: int = Field(16, gt=0, description="tokens in one block of the cache")
+    kv_cache_memory_bytes: int | None = Field(None, gt=0, description="memory for the cache; derived when not given")
+    num_kv_blocks: int | None = Field(None, gt=0, description="blocks in the cache; overrides kv_cache_memory_bytes")
+    enable_prefix_caching: bool = Field(True, description="share cache blocks between equal prompt beginnings")
+    plugins: tuple[str, ...] = Field((), description="dotted names of plugin modules to load besides installed ones")
+    blocked_plugins: tuple[str, ...] = Field((), description="names of plugins not to load")

@@ -1,0 +1,168 @@
+"""One forward pass: from a plan to a `Batch`, through the model, to the next tokens.
+
+Decisions: the runner keeps the tokens and blocks of running requests in tables, one row (slot) each, so that a step is
+array arithmetic over the rows it uses and copies nothing that has not changed. It knows no queue and no text.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modelport.batch import Batch
+from modelport.engine.sampler import Sampler, TokenLogprobs, prompt_logprobs
+from modelport.engine.scheduler import Plan
+from modelport.modeling.decoder import Model, forward
+from modelport.request import Request
+
+
+@dataclass
+class StepResult:
+    """What a step found, by index into the plan's requests.
+
+    :ivar token_ids: the sampled token, -1 where the request has not reached its end yet.
+    :ivar errors: requests whose logits are of no use, with the reason.
+    """
+
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+class Runner:
+    """Holds the model and the rows of running requests.
+
+    :param num_slots: rows.
+    :param max_model_len: columns: most tokens of one request.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        vocab_size: int,
+        num_slots: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+    ):
+        self.model, self.device, self.block_size = model, device, block_size
+        self.sampler = Sampler(vocab_size, num_slots, device)
+        # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
+        self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
+        self._blocks = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int32)
+        self._num_blocks = [0] * num_slots
+        self._outputs: list[list[int]] = [[] for _ in range(num_slots)]
+
+    @torch.inference_mode()
+    def step(self, plan: Plan) -> StepResult:
+        """Run the plan; keys and values are written, and a token is sampled for each request that reached its end."""
+        for slot in plan.left:
+            self.sampler.remove(slot)
+        for request in plan.joined:
+            self._join(request)
+        slots = np.fromiter((r.slot for r in plan.requests), np.int32, len(plan.requests))
+        computed = np.fromiter((r.num_computed for r in plan.requests), np.int32, len(plan.requests))
+        lengths = np.fromiter((len(r.token_ids) for r in plan.requests), np.int32, len(plan.requests))
+        counts = np.asarray(plan.counts, dtype=np.int32)
+        for request in plan.requests:
+            self._note_blocks(request)
+
+        token_ids, batch = self._batch(slots, computed, counts)
+        state = forward(self.model, token_ids, batch)
+        return self._finish(plan, state, slots, computed, counts, lengths)
+
+    def _join(self, request: Request) -> None:
+        slot = request.slot
+        self._token_ids[slot, : len(request.token_ids)] = request.token_ids
+        self._num_blocks[slot] = 0
+        self._outputs[slot] = request.output_token_ids
+        self.sampler.add(
+            slot,
+            request.params,
+            request.token_ids[: request.num_prompt_tokens],
+            self._outputs[slot],
+            request.seed,
+            request.eos_token_ids,
+            request.bad_words_ids,
+        )
+
+    def _note_blocks(self, request: Request) -> None:
+        known, slot = self._num_blocks[request.slot], request.slot
+        if len(request.blocks) > known:
+            self._blocks[slot, known : len(request.blocks)] = request.blocks[known:]
+            self._num_blocks[slot] = len(request.blocks)
+
+    def _batch(self, slots: np.ndarray, computed: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Batch]:
+        starts = np.zeros(len(counts) + 1, dtype=np.int32)
+        np.cumsum(counts, out=starts[1:])
+        seq_lens = computed + counts
+        max_seq_len, max_query_len = int(seq_lens.max()), int(counts.max())
+        if max_query_len == 1:
+            rows, positions = slots, computed.astype(np.int64)
+        else:
+            rows = np.repeat(slots, counts)
+            positions = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1] - computed, counts)
+        size = self.block_size
+        where = self._blocks[rows, positions // size].astype(np.int64) * size + positions % size
+        batch = Batch(
+            positions=self._tensor(positions),
+            query_starts=self._tensor(starts),
+            seq_lens=self._tensor(seq_lens),
+            block_table=self._tensor(self._blocks[slots, : -(-max_seq_len // size)]),
+            slots=self._tensor(where),
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+        )
+        return self._tensor(self._token_ids[rows, positions].astype(np.int64)), batch
+
+    def _finish(
+        self,
+        plan: Plan,
+        state: Tensor | tuple[Tensor, ...],
+        slots: np.ndarray,
+        computed: np.ndarray,
+        counts: np.ndarray,
+        lengths: np.ndarray,
+    ) -> StepResult:
+        """Logits for the rows that need them, and only those."""
+        result = StepResult([-1] * len(slots))
+        ends = np.cumsum(counts)
+        done = np.flatnonzero(computed + counts == lengths)
+        scored = {i: r for i, r in enumerate(plan.requests) if r.wants_prompt_logprobs}
+        for index, request in scored.items():
+            result.prompt_logprobs[index] = self._score(request, state, ends[index] - counts[index], counts[index])
+        if len(done):
+            logits = self._logits(state, self._tensor(ends[done] - 1))
+            sampled = self.sampler.sample(logits, slots[done])
+            for row, index in enumerate(done.tolist()):
+                if row in sampled.errors:
+                    result.errors[index] = sampled.errors[row]
+                    continue
+                token = int(sampled.token_ids[row])
+                result.token_ids[index] = token
+                self._outputs[slots[index]].append(token)
+                if lengths[index] < self._token_ids.shape[1]:
+                    self._token_ids[slots[index], lengths[index]] = token
+                if sampled.logprobs[row] is not None:
+                    result.logprobs[index] = sampled.logprobs[row]
+        return result
+
+    def _score(self, request: Request, state: Tensor | tuple[Tensor, ...], start: int, count: int) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt tokens that follow the `count` rows from `start` on."""
+        first = request.num_computed + 1
+        following = request.token_ids[first : min(first + count, request.num_prompt_tokens)]
+        if not following:
+            return []
+        rows = self._tensor(np.arange(start, start + len(following)))
+        return prompt_logprobs(
+            self._logits(state, rows), self._tensor(np.asarray(following)), request.params.prompt_logprobs
+        )
+
+    def _logits(self, state: Tensor | tuple[Tensor, ...], rows: Tensor) -> Tensor:
+        picked = state[rows] if isinstance(state, Tensor) else tuple(part[rows] for part in state)
+        return self.model.lm_head(self.model.finish(picked))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -1,0 +1,143 @@
+"""Who runs in the next step: running requests first, then waiting ones, prompt chunks and single tokens together.
+
+Decisions: a request only has tokens and a count of computed ones, so a prompt chunk, a new token and the recomputation
+after a preemption are the same thing; when blocks run out the youngest running request gives its blocks back and waits
+at the head of the queue. The cost of a step grows with the running requests, not with the queue or with history.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from modelport.engine.cache import BlockPool
+from modelport.request import Request
+
+
+@dataclass
+class Plan:
+    """One step: requests, how many tokens each computes, and what changed in the set of rows since the last step."""
+
+    requests: list[Request] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    joined: list[Request] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)  # slots given back
+
+
+class Scheduler:
+    """Queues, the block pool, and the slots (rows of the runner's tables).
+
+    :param max_num_seqs: most running requests; also the number of slots.
+    :param max_num_batched_tokens: most tokens in one step.
+    """
+
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int):
+        self.pool, self.max_num_batched_tokens = pool, max_num_batched_tokens
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._followers: dict[int, list[Request]] = {}  # id of a leader -> those that wait for its prompt
+        self._slots = list(range(max_num_seqs - 1, -1, -1))
+        self._left: list[int] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + sum(map(len, self._followers.values()))
+
+    def add(self, request: Request) -> None:
+        if request.leader is not None and self.pool.prefix_caching:
+            self._followers.setdefault(id(request.leader), []).append(request)
+        else:
+            self.waiting.append(request)
+
+    def plan(self) -> Plan:
+        """Choose the next step; blocks for it are taken. Empty when nothing can run."""
+        plan, budget = Plan(), self.max_num_batched_tokens
+        index, preempted = 0, False
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            count = min(len(request.token_ids) - request.num_computed, budget)
+            while not self.pool.grow(request, request.num_computed + count):
+                preempted = True
+                victim = self.running.pop()
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                plan.requests.append(request)
+                plan.counts.append(count)
+                budget -= count
+                index += 1
+                continue
+            break
+        while self.waiting and self._slots and budget > 0 and not preempted:
+            count = self._admit(self.waiting[0], budget)
+            if not count:
+                break
+            request = self.waiting.popleft()
+            self.running.append(request)
+            plan.requests.append(request)
+            plan.counts.append(count)
+            plan.joined.append(request)
+            budget -= count
+        plan.left, self._left = self._left, []
+        return plan
+
+    def computed(self, request: Request, count: int) -> None:
+        """Note that a step wrote the keys of `count` more tokens of `request`."""
+        request.num_computed += count
+        self.pool.publish(request)
+        if self._followers and request.num_computed >= request.num_prompt_tokens:
+            self._release_followers(request)
+
+    def finish(self, request: Request) -> None:
+        """Take `request` out, wherever it is; its blocks stay known until somebody needs their room."""
+        if request.slot >= 0:
+            self.running.remove(request)
+            self._give_back(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            for leader, followers in list(self._followers.items()):
+                if request in followers:
+                    followers.remove(request)
+                    if not followers:
+                        del self._followers[leader]
+        self._release_followers(request)
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Blocks and a slot for a waiting request; the number of tokens that it computes now, 0 when it must wait."""
+        # Prompt log-probabilities need logits of every prompt row, so nothing of it may come from the cache.
+        known = [] if request.params.prompt_logprobs is not None else self.pool.lookup(request)
+        cached = len(known) * self.pool.block_size
+        # All of it must fit, not just the first chunk: else admission and preemption would take turns. Known blocks
+        # that nobody uses count as free, so they are taken first.
+        self.pool.share(request, known)
+        missing = self.pool.blocks_for(len(request.token_ids)) - len(known)
+        if missing > self.pool.num_free:
+            self.pool.release(request)
+            return 0
+        count = min(len(request.token_ids) - cached, budget)
+        grown = self.pool.grow(request, cached + count)
+        assert grown
+        request.num_computed = cached
+        request.slot = self._slots.pop()
+        metrics = request.metrics
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = time.monotonic()
+            metrics.num_cached_tokens = cached
+        return count
+
+    def _preempt(self, request: Request) -> None:
+        self._give_back(request)
+        request.num_computed = 0
+        request.metrics.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _give_back(self, request: Request) -> None:
+        self.pool.release(request)
+        self._left.append(request.slot)
+        self._slots.append(request.slot)
+        request.slot = -1
+
+    def _release_followers(self, leader: Request) -> None:
+        for request in reversed(self._followers.pop(id(leader), [])):
+            self.waiting.appendleft(request)

@@ -1,0 +1,283 @@
+"""`LLM` for scripts and `AsyncLLM` for servers, with vLLM's names; one engine under both.
+
+Decisions: `LLM` steps the engine in the caller's thread, so a script has no other threads; `AsyncLLM` steps it in one
+thread of its own. Everything is checked before anything runs: a bad prompt in a list costs none of the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import queue
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
+
+from modelport.config import EngineConfig
+from modelport.frontend import Frontend, Job, Message, engine_config
+from modelport.inputs.tokenizer import Tokenizer
+from modelport.request import Prompt, Request, RequestOutput
+from modelport.sampling_params import SamplingParams
+
+
+class LLM:
+    """A model, ready to generate.
+
+    :param model: path of a checkpoint, or a name that a source knows.
+    :param settings: any field of `EngineConfig`: `dtype`, `max_model_len`, `seed`, `plugins`, ...
+    :raises FileNotFoundError: the model's files cannot be had.
+    :raises ValueError: an unknown architecture or setting, or files that do not fit together.
+    """
+
+    def __init__(self, model: str, **settings: Any):
+        self._front = Frontend(engine_config(model, settings), progress=sys.stderr.isatty())
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._front.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self._front.engine.max_model_len
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it is given none."""
+        return self._front.default_params()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs come in the order of the prompts.
+
+        :param prompts: one prompt or a list: text, token ids, or dictionaries with either.
+        :param sampling_params: one for all, or one for each.
+        :raises ValueError: a prompt or parameters that cannot be run; nothing has run then.
+        """
+        several = _as_list(prompts)
+        params = _params_for(several, sampling_params)
+        return self._run([self._front.job(p, s) for p, s in zip(several, params, strict=True)], use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several, by the model's chat template."""
+        several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        prompts = [self._front.chat_prompt(conversation, options) for conversation in several]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, and give what there is of it after every token.
+
+        Streams may be read in turn; each reading runs the engine for all of them. Closing one early ends its request.
+        """
+        job = self._front.job(prompt, sampling_params)
+        return self._stream(job)
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """`stream` for a conversation."""
+        return self.stream(self._front.chat_prompt(messages, {}), sampling_params)
+
+    def _stream(self, job: Job) -> Iterator[RequestOutput]:
+        engine = self._front.engine
+        try:
+            for request in job.requests:
+                engine.add(request)
+            seen = 0
+            while not job.finished:
+                engine.step()
+                made = sum(r.num_output_tokens for r in job.requests)
+                if made > seen and not job.finished:
+                    seen = made
+                    yield job.output()
+            yield job.output()
+        finally:
+            for request in job.requests:
+                engine.abort(request)
+
+    def _run(self, jobs: list[Job], use_tqdm: bool) -> list[RequestOutput]:
+        engine = self._front.engine
+        bar = _progress_bar(len(jobs)) if use_tqdm and sys.stderr.isatty() else None
+        open_jobs = {id(request): job for job in jobs for request in job.requests}
+        try:
+            for job in jobs:
+                for request in job.requests:
+                    engine.add(request)
+            while open_jobs:
+                for request in engine.step():
+                    if request.finished and id(request) in open_jobs:
+                        job = open_jobs.pop(id(request))
+                        if bar is not None and job.finished:
+                            bar.update()
+        finally:  # an interruption leaves an engine that can go on
+            for job in jobs:
+                for request in job.requests:
+                    engine.abort(request)
+            if bar is not None:
+                bar.close()
+        return [job.output() for job in jobs]
+
+
+class AsyncLLM:
+    """The same for asyncio: many callers, one engine, which runs in a thread of its own.
+
+    :param model: as for `LLM`.
+    :param settings: as for `LLM`.
+    """
+
+    def __init__(self, model: str, **settings: Any):
+        self._front = Frontend(engine_config(model, settings), progress=sys.stderr.isatty())
+        self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
+        self._listeners: dict[int, tuple[Job, asyncio.AbstractEventLoop, asyncio.Queue]] = {}
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="modelport-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._front.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self._front.engine.max_model_len
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Complete one prompt, and give what there is of it after every step that added to it.
+
+        A caller that stops listening ends the request.
+
+        :raises RuntimeError: the engine has failed or was shut down.
+        """
+        job = self._front.job(prompt, sampling_params, request_id)
+        async for output in self._listen(job):
+            yield output
+
+    async def chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """`generate` for a conversation."""
+        async for output in self.generate(self._front.chat_prompt(messages, {}), sampling_params):
+            yield output
+
+    def shutdown(self) -> None:
+        """End all requests and the engine's thread; calling it twice is fine."""
+        self._commands.put(("stop", None))
+        self._thread.join()
+
+    async def _listen(self, job: Job) -> AsyncIterator[RequestOutput]:
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine is not running") from self._failure
+        outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+        self._listeners[id(job)] = (job, asyncio.get_running_loop(), outputs)
+        self._commands.put(("add", job))
+        try:
+            while True:
+                output = await outputs.get()
+                while not outputs.empty():  # a slow listener gets the newest only: outputs are cumulative
+                    output = outputs.get_nowait()
+                if isinstance(output, BaseException):
+                    raise RuntimeError("the engine failed while this request was running") from output
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._listeners.pop(id(job), None)
+            self._commands.put(("abort", job))
+
+    def _work(self) -> None:
+        """The engine's thread: take commands, step, tell listeners."""
+        engine = self._front.engine
+        owners: dict[int, Job] = {}
+        failure: BaseException = RuntimeError("the engine was shut down")
+        try:
+            while True:
+                while not self._commands.empty() or not engine.has_work:
+                    command, job = self._commands.get()
+                    if command == "stop":
+                        return
+                    for request in job.requests:
+                        if command == "add":
+                            owners[id(request)] = job
+                            engine.add(request)
+                        else:
+                            owners.pop(id(request), None)
+                            engine.abort(request)
+                touched = {id(job): job for r in engine.step() if (job := owners.get(id(r))) is not None}
+                for job in touched.values():
+                    self._tell(job, job.output())
+        except BaseException as error:
+            self._failure = failure = error
+            raise
+        finally:
+            for job, _, _ in list(self._listeners.values()):
+                self._tell(job, failure)
+
+    def _tell(self, job: Job, what: RequestOutput | BaseException) -> None:
+        listener = self._listeners.get(id(job))
+        if listener is not None:
+            _, loop, outputs = listener
+            loop.call_soon_threadsafe(outputs.put_nowait, what)
+
+
+def _signature() -> inspect.Signature:
+    """The fields of `EngineConfig` as parameters, so that help() and editors show them."""
+    parameter = inspect.Parameter
+    fields = EngineConfig.model_fields.items()
+    return inspect.Signature(
+        [parameter("model", parameter.POSITIONAL_OR_KEYWORD, annotation=str)]
+        + [
+            parameter(name, parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation)
+            for name, field in fields
+            if name != "model"
+        ]
+    )
+
+
+LLM.__signature__ = AsyncLLM.__signature__ = _signature()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    several = list(prompts)
+    return [several] if several and not isinstance(several[0], str | Mapping | Sequence) else several
+
+
+def _params_for(prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None) -> list:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * len(prompts)
+    if not isinstance(params, Sequence):
+        raise TypeError(f"sampling_params must be SamplingParams or a list of them, not {type(params).__name__}")
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one for each prompt")
+    return list(params)
+
+
+def _progress_bar(total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="Generating", unit=" prompts", delay=2.0)

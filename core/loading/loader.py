@@ -1,0 +1,177 @@
+"""Fill a model that was built on the meta device, one checkpoint tensor at a time, and prove that nothing is missing.
+
+Decisions: memory for a parameter is taken when its first tensor arrives, and a module is packed as soon as it is full,
+so the peak stays near the weights themselves; every checkpoint tensor is used exactly once or refused by name.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from modelport.modeling.embedding import LMHead
+from modelport.plugin import Architecture
+
+
+class WeightsError(ValueError):
+    """The checkpoint's tensors do not fit the model; the message names them."""
+
+
+@dataclass
+class _Target:
+    """Rows of one parameter that one checkpoint tensor fills."""
+
+    module: nn.Module
+    path: str
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Copy every tensor of `weights` into `model` (which lies on the meta device) as `dtype` on `device`, and pack.
+
+    :raises WeightsError: a tensor is missing, superfluous, given twice, of another shape, or holds NaN or infinity.
+    """
+    stream = _renamed(weights, architecture)
+    if architecture.weights is not None:
+        stream = architecture.weights(stream)
+    targets, optional = _targets(model), _tied_names(model)
+    open_rows = _rows_to_fill(model)
+    surplus: list[str] = []
+    seen: set[str] = set()
+    for name, tensor in stream:
+        target = targets.get(name)
+        if name in seen:
+            raise WeightsError(f"the checkpoint holds tensor {name!r} twice")
+        seen.add(name)
+        if target is None:
+            if name not in optional and not any(fnmatchcase(name, pattern) for pattern in architecture.ignore):
+                surplus.append(name)
+            continue
+        key = (target.path, target.parameter)
+        if open_rows[key] < target.shape[0]:
+            raise WeightsError(f"tensor {name!r} fills rows of {target.path!r} that are already filled")
+        _copy(target, name, tensor, dtype, device)
+        open_rows[key] -= target.shape[0]
+        if open_rows[key] == 0 and not any(open_rows[target.path, p] > 0 for p, _ in _own(target.module)):
+            _pack(target.module)
+    _refuse(architecture, targets, open_rows, surplus, seen)
+
+
+def fill_random(model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+    """Give every parameter small random values: `load_format="dummy"`, for timing a shape without its weights."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in list(model.modules()):
+        for name, parameter in list(_own(module)):
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            values.normal_(0.0, 0.02, generator=generator)
+            module._parameters[name] = nn.Parameter(values, requires_grad=False)
+        _pack(module)
+
+
+def _renamed(weights: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    prefixes = sorted(architecture.rename, key=len, reverse=True)
+    for name, tensor in weights:
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        yield (name if prefix is None else architecture.rename[prefix] + name[len(prefix) :]), tensor
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module._parameters.items() if p is not None)
+
+
+def _targets(model: nn.Module) -> dict[str, _Target]:
+    """Checkpoint name -> where it goes; a fused layer answers to the names of its parts and to its own."""
+    found: dict[str, _Target] = {}
+    for path, module in model.named_modules():
+        parent = path.rpartition(".")[0]
+        for name, parameter in _own(module):
+            shape = tuple(parameter.shape)
+            found[_join(path, name)] = _Target(module, path, name, 0, shape)
+            start = 0
+            for part, rows in getattr(module, "parts", ()):
+                found[_join(parent, part, name)] = _Target(module, path, name, start, (rows, *shape[1:]))
+                start += rows
+    return found
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Second copies of tied weights, which some checkpoints store."""
+    heads = ((path, m) for path, m in model.named_modules() if isinstance(m, LMHead))
+    return {_join(path, "weight") for path, head in heads if head.is_tied}
+
+
+def _rows_to_fill(model: nn.Module) -> dict[tuple[str, str], int]:
+    return {(path, name): p.shape[0] for path, module in model.named_modules() for name, p in _own(module)}
+
+
+def _copy(target: _Target, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tuple(tensor.shape) != target.shape:
+        raise WeightsError(
+            f"tensor {name!r} has shape {tuple(tensor.shape)}, the model wants {target.shape}; "
+            "does config.json belong to these weights?"
+        )
+    parameter = target.module._parameters[target.parameter]
+    if parameter.is_meta:
+        parameter = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+        target.module._parameters[target.parameter] = parameter
+    rows = parameter.data[target.start : target.start + target.shape[0]]
+    rows.copy_(tensor)
+    if not torch.isfinite(rows.sum(dtype=torch.float32)):  # one pass; a finite sum means that every element is
+        bad = int((~torch.isfinite(rows)).sum())
+        if bad:
+            raise WeightsError(f"tensor {name!r} holds {bad} values that are NaN or infinite as {dtype}")
+
+
+def _pack(module: nn.Module) -> None:
+    pack = getattr(module, "pack", None)
+    if pack is not None:
+        pack()
+
+
+def _refuse(
+    architecture: Architecture,
+    targets: dict[str, _Target],
+    open_rows: dict[tuple[str, str], int],
+    surplus: list[str],
+    seen: set[str],
+) -> None:
+    problems = []
+    if any(rows > 0 for rows in open_rows.values()):
+        unfilled = {key for key, rows in open_rows.items() if rows > 0}
+        missing = [
+            name
+            for name, t in targets.items()
+            # of a fused layer, name the parts that lack (or all of them when nothing came)
+            if (t.path, t.parameter) in unfilled and name not in seen and not _is_fused_name(name, t)
+        ]
+        problems.append(f"missing: {_some(missing)}")
+    if surplus:
+        problems.append(f"not known to the model: {_some(surplus)}")
+    if problems:
+        raise WeightsError(
+            f"the checkpoint does not fit {architecture.name}; " + "; ".join(problems) + ". "
+            "Is the download complete, and does config.json belong to these weights?"
+        )
+
+
+def _is_fused_name(name: str, target: _Target) -> bool:
+    return bool(getattr(target.module, "parts", ())) and name == _join(target.path, target.parameter)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more

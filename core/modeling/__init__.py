@@ -1,0 +1,19 @@
+"""The vocabulary of a model author."""
+
+from modelport.modeling.activation import Activation as Activation
+from modelport.modeling.activation import Gated as Gated
+from modelport.modeling.attention import Attention as Attention
+from modelport.modeling.attention import CacheSpec as CacheSpec
+from modelport.modeling.decoder import CausalLM as CausalLM
+from modelport.modeling.embedding import Embedding as Embedding
+from modelport.modeling.embedding import LearnedPositions as LearnedPositions
+from modelport.modeling.embedding import LMHead as LMHead
+from modelport.modeling.linear import ColumnLinear as ColumnLinear
+from modelport.modeling.linear import Linear as Linear
+from modelport.modeling.linear import MergedLinear as MergedLinear
+from modelport.modeling.linear import QKVLinear as QKVLinear
+from modelport.modeling.linear import RowLinear as RowLinear
+from modelport.modeling.mlp import GatedMLP as GatedMLP
+from modelport.modeling.norm import LayerNorm as LayerNorm
+from modelport.modeling.norm import RMSNorm as RMSNorm
+from modelport.modeling.rope import Rope as Rope

@@ -1,0 +1,94 @@
+"""Causal self-attention over a paged cache: rotate, write keys and values, attend.
+
+Decisions: the layer declares the memory that it needs (`CacheSpec`), the core allocates and attaches it; everything
+that changes from step to step comes in the `Batch`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modelport.batch import Batch
+from modelport.kernels import attention as kernel
+from modelport.kernels import kv_cache
+from modelport.modeling.rope import Rope
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Memory that a layer keeps between steps: keys and values of every token, in blocks.
+
+    :ivar window: only the last `window` keys are ever read; 0 for all.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+
+    def bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * self.num_kv_heads * block_size * self.head_dim * dtype.itemsize
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; `num_heads` is a multiple of `num_kv_heads`.
+
+    :param rope: rotary positions for q and k, or None.
+    :param scale: factor on scores; 1 / sqrt(head_dim) when not given.
+    :param window: attend to the last `window` positions only (sliding window); 0 for all.
+    :param softcap: scores become `softcap * tanh(scores / softcap)`; 0 for none.
+    :raises ValueError: `num_heads` is not a multiple of `num_kv_heads`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        rope: Rope | None = None,
+        scale: float | None = None,
+        window: int = 0,
+        softcap: float = 0.0,
+    ):
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}; "
+                "check config.json"
+            )
+        self.rope, self.softcap, self.window = rope, softcap, window
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.cache_spec = CacheSpec(num_kv_heads, head_dim, window)
+        self.k_cache: Tensor | None = None
+        self.v_cache: Tensor | None = None
+
+    def attach(self, k_cache: Tensor, v_cache: Tensor) -> None:
+        """Take the layer's cache, two tensors (blocks, num_kv_heads, block_size, head_dim); called by the core."""
+        self.k_cache, self.v_cache = k_cache, v_cache
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """q: (tokens, num_heads, head_dim), k and v: (tokens, num_kv_heads, head_dim) -> (tokens, num_heads * head_dim).
+
+        q and k are rotated in place: they are fresh results of a projection.
+        """
+        if self.rope is None:
+            kv_cache.write(k, v, self.k_cache, self.v_cache, batch.slots)
+        else:
+            kv_cache.rope_write(
+                q, k, v, batch.positions, self.rope.cos_sin, self.rope.interleaved, self.k_cache, self.v_cache,
+                batch.slots,
+            )  # fmt: skip
+        out = kernel.paged_attention(
+            q,
+            self.k_cache,
+            self.v_cache,
+            batch.block_table,
+            batch.query_starts,
+            batch.seq_lens,
+            self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            max_query_len=batch.max_query_len,
+        )
+        return out.flatten(1)

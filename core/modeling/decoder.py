@@ -1,0 +1,76 @@
+"""What the core asks of a model, and the decoder that most families are.
+
+A model offers four things: `embed(token_ids)`, an ordered list of `blocks` whose state is a tensor or a tuple of
+tensors, `finish(state)`, and `lm_head`. The loop over blocks lives in the core (`forward`), once: pipeline stages and
+hidden-state capture then work for every family.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from modelport.batch import Batch
+from modelport.config import TextConfig
+from modelport.modeling.embedding import Embedding, LMHead
+
+State = Tensor | tuple[Tensor, ...]
+
+
+class Model(Protocol):
+    """The four things that the core uses."""
+
+    lm_head: nn.Module
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(tokens,) int64 -> (tokens, hidden_size)."""
+
+    @property
+    def blocks(self) -> Sequence[Callable[[State, Batch], State]]:
+        """In order; each takes and returns the state."""
+
+    def finish(self, state: State) -> Tensor:
+        """The last norm: state -> (rows, hidden_size)."""
+
+
+def forward(model: Model, token_ids: Tensor, batch: Batch) -> State:
+    """Run every block over (tokens,) ids; `finish` and `lm_head` follow for the rows that need logits."""
+    state: State = model.embed(token_ids)
+    for block in model.blocks:
+        state = block(state, batch)
+    return state
+
+
+class CausalLM(nn.Module):
+    """A decoder with the usual names: `model.embed_tokens`, `model.layers`, `model.norm`, `lm_head`.
+
+    :param block: called with the configuration and the layer's index.
+    :param norm: the final norm.
+    """
+
+    def __init__(
+        self,
+        cfg: TextConfig,
+        block: Callable[[TextConfig, int], nn.Module],
+        norm: nn.Module,
+        *,
+        embed_scale: float = 1.0,
+        logit_softcap: float = 0.0,
+    ):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, embed_scale)
+        self.model.layers = nn.ModuleList(block(cfg, i) for i in range(cfg.num_hidden_layers))
+        self.model.norm = norm
+        tied = self.model.embed_tokens if cfg.tie_word_embeddings else None
+        self.lm_head = LMHead(cfg.hidden_size, cfg.vocab_size, tied=tied, softcap=logit_softcap)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(token_ids)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layers
+
+    def finish(self, state: Tensor) -> Tensor:
+        return self.model.norm(state)

@@ -1,0 +1,73 @@
+"""Token embeddings, learned positions, and the head that turns hidden states into logits."""
+
+import torch
+from torch import Tensor, nn
+
+from modelport.batch import Batch
+from modelport.kernels import linear as kernel
+
+
+class Embedding(nn.Module):
+    """One row per token id; weight: (num_embeddings, size). `scale` multiplies the rows."""
+
+    def __init__(self, num_embeddings: int, size: int, scale: float = 1.0):
+        super().__init__()
+        self.num_embeddings, self.size, self.scale = num_embeddings, size, scale
+        self.weight = nn.Parameter(torch.empty(num_embeddings, size), requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: (tokens,) int64 -> (tokens, size)."""
+        rows = nn.functional.embedding(token_ids, self.weight)
+        # The factor is rounded to the weights' type first, as published implementations do.
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """A block that adds a learned row per position; weight: (max_position_embeddings, size)."""
+
+    def __init__(self, max_position_embeddings: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_position_embeddings, size), requires_grad=False)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        return x + nn.functional.embedding(batch.positions, self.weight)
+
+
+class LMHead(nn.Module):
+    """Hidden states to logits over the vocabulary, (rows, hidden_size) -> (rows, vocab_size).
+
+    :param tied: the embedding whose weight is also the head's; the checkpoint then needs none of its own.
+    :param softcap: logits become `softcap * tanh(logits / softcap)`; 0 for none.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        tied: Embedding | None = None,
+        bias: bool = False,
+        softcap: float = 0.0,
+    ):
+        super().__init__()
+        self.tied, self.softcap = (tied,), softcap  # in a tuple, so that the weight is registered once
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(vocab_size), requires_grad=False) if bias else None
+        self.packed: kernel.PackedWeight | None = None
+
+    @property
+    def is_tied(self) -> bool:
+        return self.tied[0] is not None
+
+    def pack(self) -> None:
+        """Swap the loaded weight for its packed form; called once by the core."""
+        if not self.is_tied:
+            self.packed = kernel.pack(self.weight.data)
+            self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_tied:
+            logits = nn.functional.linear(x, self.tied[0].weight, self.bias)
+        else:
+            logits = kernel.linear(x, self.packed, self.bias)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

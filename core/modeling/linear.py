@@ -1,0 +1,81 @@
+"""Linear layers: plain, and fused ones that name their parts.
+
+Decisions: a fused layer's `parts` are the only statement of what it holds; loading, LoRA, quantisation and sharding
+read it. `residual=` adds in the product itself (no separate pass over memory). After loading the core calls `pack`
+once, which swaps the weight for the form that the device's kernel reads fastest.
+
+x: (tokens, in_features); every result: (tokens, out_features).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from modelport.kernels import linear as kernel
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias + residual`; weight: (out_features, in_features).
+
+    :ivar parts: names and rows of the checkpoint tensors that lie stacked in `weight`; empty when it is one tensor.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, parts: tuple[tuple[str, int], ...] = ()
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.parts = in_features, out_features, parts
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.packed: kernel.PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Swap the loaded weight for its packed form; called once by the core."""
+        self.packed = kernel.pack(self.weight.data)
+        self.weight = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return kernel.linear(x, self.packed, self.bias, residual)
+
+    def extra_repr(self) -> str:
+        held = f", parts={'+'.join(name for name, _ in self.parts)}" if self.parts else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{held}"
+
+
+class ColumnLinear(Linear):
+    """A linear whose outputs may be divided between devices (the first of a pair)."""
+
+
+class RowLinear(Linear):
+    """A linear whose inputs may be divided between devices (the second of a pair)."""
+
+
+class MergedLinear(Linear):
+    """Several linears over one input, computed as one: `MergedLinear(hidden, (wide, wide), ("gate_proj", "up_proj"))`."""
+
+    def __init__(self, in_features: int, sizes: tuple[int, ...], names: tuple[str, ...], bias: bool = False):
+        super().__init__(in_features, sum(sizes), bias, parts=tuple(zip(names, sizes, strict=True)))
+
+
+class QKVLinear(Linear):
+    """Query, key and value projections as one product.
+
+    Its result is three views: q (tokens, num_heads, head_dim), k and v (tokens, num_kv_heads, head_dim).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+    ):
+        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        super().__init__(hidden_size, sum(sizes), bias, parts=tuple(zip(names, sizes, strict=True)))
+        self.heads, self.head_dim = (num_heads, num_kv_heads, num_kv_heads), head_dim
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+        assert residual is None
+        rows = super().forward(x).view(x.shape[0], -1, self.head_dim)
+        return rows.split(self.heads, dim=1)

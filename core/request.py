@@ -1,0 +1,125 @@
+"""One request on its way through the engine, and what its caller gets back (named as vLLM names it)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from modelport.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from modelport.engine.detokenizer import Detokenizer
+
+
+class Logprob(NamedTuple):
+    """Log-probability of a token, its rank (1 = most likely), and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+@dataclass
+class RequestMetrics:
+    """Times are seconds of `time.monotonic`."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt.
+
+    :ivar finish_reason: "stop" (end of text, stop token or stop string), "length", "abort", "error", or None while running.
+    :ivar stop_reason: the stop string or stop token id that ended it; None at the end of text. The message of an error.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt with its completions; while streaming, what there is of them so far."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence in the engine; a prompt with `n=3` is three of them.
+
+    :ivar num_computed: tokens whose keys and values lie in the cache.
+    :ivar blocks: cache blocks in order.
+    :ivar block_hashes: hash chain over the full blocks of `token_ids`, as far as it has been needed.
+    :ivar num_published: blocks, from the first on, that the cache knows by their hash.
+    :ivar slot: row in the runner's tables, -1 while it has none.
+    :ivar leader: the request with the same prompt whose cache this one waits to share (`n > 1`).
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    eos_token_ids: tuple[int, ...]
+    max_total_tokens: int
+    detokenizer: Detokenizer | None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    index: int = 0
+    leader: Request | None = None
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    slot: int = -1
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.monotonic()))
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the next step still has prompt rows to score; a preempted request was scored before."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+
+Prompt = str | Sequence[int] | dict[str, Any]
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""

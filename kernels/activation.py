@@ -1,0 +1,87 @@
+"""Activation functions, alone and as the gate of a gated feed-forward layer, computed in float32."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modelport.kernels import cpu
+
+
+def _gelu_fast(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+# canonical name -> (code in the C library, float32 function)
+_KINDS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "silu": (0, F.silu),
+    "gelu": (1, F.gelu),
+    "gelu_tanh": (2, lambda x: F.gelu(x, approximate="tanh")),
+    "quick_gelu": (3, lambda x: x * torch.sigmoid(1.702 * x)),
+    "relu": (4, F.relu),
+    "relu2": (5, lambda x: F.relu(x).square()),
+}
+
+ACTIVATIONS: dict[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""Every accepted name, mapped to the function that computes it."""
+
+
+def _kind(act: str) -> tuple[int, Callable[[Tensor], Tensor]]:
+    try:
+        return _KINDS[ACTIVATIONS[act]]
+    except KeyError:
+        raise ValueError(f"unknown activation {act!r}; known: {', '.join(ACTIVATIONS)}") from None
+
+
+def activate_reference(x: Tensor, act: str) -> Tensor:
+    """Plain torch version of `activate`."""
+    return _kind(act)[1](x.float()).to(x.dtype)
+
+
+def gated_reference(x: Tensor, act: str) -> Tensor:
+    """Plain torch version of `gated`."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (_kind(act)[1](gate) * up).to(x.dtype)
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """act(x) for x of any shape, in x.dtype."""
+    code, _ = _kind(act)
+    if cpu.lib is not None and x.is_cpu and x.dtype in cpu.FLOATS and x.is_contiguous():
+        out = torch.empty(x.shape, dtype=x.dtype)
+        count = x.numel()
+        # one long row is cut into several, so that every thread gets some
+        width = x.shape[-1] if x.dim() > 1 else math.gcd(count, 1 << 12)
+        cpu.lib.activate(
+            x.data_ptr(), count // max(width, 1), width, width, out.data_ptr(), cpu.CODES[x.dtype], code, cpu.threads()
+        )
+        return out
+    return activate_reference(x, act)
+
+
+def gated(x: Tensor, act: str) -> Tensor:
+    """act(gate) * up for x: (tokens, 2 * width) = [gate | up] -> (tokens, width), in x.dtype."""
+    code, _ = _kind(act)
+    if x.shape[-1] % 2:
+        raise ValueError(f"gated: last dimension of x {tuple(x.shape)} must be even: [gate | up]")
+    if cpu.lib is not None and x.dim() == 2 and x.is_cpu and x.dtype in cpu.FLOATS and x.stride(1) == 1:
+        tokens, double = x.shape
+        out = torch.empty((tokens, double // 2), dtype=x.dtype)
+        cpu.lib.gated(
+            x.data_ptr(), tokens, double // 2, x.stride(0), out.data_ptr(), cpu.CODES[x.dtype], code, cpu.threads()
+        )
+        return out
+    return gated_reference(x, act)

@@ -1,0 +1,137 @@
+"""Causal attention of new tokens over a paged key-value cache.
+
+Legend: heads = kv_heads * group; L = padded number of keys; ql = queries of one sequence in this step. A sequence's
+queries are the last positions of its `seq_lens` keys, so decode rows (ql = 1) and prefill chunks mix freely.
+"""
+
+import torch
+from torch import Tensor
+
+from modelport.kernels import cpu
+
+
+def paged_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, seq_lens: Tensor,
+    scale: float, *, window: int = 0, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, max_query_len: int,
+) -> Tensor:  # fmt: skip
+    """Plain torch version of `paged_attention`: one batched product for all decode rows, one per prefill chunk."""
+    out = q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[3])
+    starts, lens = query_starts.tolist(), seq_lens.tolist()
+    spans = [(i, starts[i], starts[i + 1]) for i in range(len(lens)) if starts[i + 1] > starts[i]]
+    decode = [(i, a) for i, a, b in spans if b - a == 1]
+    chunks = [([i], torch.arange(a, b, device=q.device)) for i, a, b in spans if b - a > 1]
+    if decode:
+        chunks.append(([i for i, _ in decode], torch.tensor([a for _, a in decode], device=q.device)))
+    for seqs, rows in chunks:
+        mine = q[rows].view(len(seqs), -1, *q.shape[1:])  # (seqs, ql, heads, head_dim)
+        lengths = seq_lens[seqs].long()
+        blocks = -(-max(lens[i] for i in seqs) // k_cache.shape[2])
+        table = block_table[seqs, :blocks].long().clamp(0, k_cache.shape[0] - 1)  # padding entries may hold anything
+        result = _attend(
+            mine, k_cache[table], v_cache[table], lengths, scale, window, softcap, alibi_slopes, sinks
+        )  # fmt: skip
+        out[rows] = result.flatten(0, 1).to(out.dtype)
+    return out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int, softcap: float,
+    alibi_slopes: Tensor | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """q: (seqs, ql, heads, head_dim); k, v: (seqs, blocks, kv_heads, block_size, head_dim) -> (seqs, ql, heads, v_dim)."""
+    seqs, ql, heads, _ = q.shape
+    kv_heads, group = k.shape[2], heads // k.shape[2]
+    k = k.transpose(1, 2).flatten(2, 3).float()  # (seqs, kv_heads, L, head_dim)
+    v = v.transpose(1, 2).flatten(2, 3).float()
+    key_pos = torch.arange(k.shape[2], device=q.device)
+    query_pos = lengths[:, None] - ql + torch.arange(ql, device=q.device)  # (seqs, ql)
+    distance = key_pos - query_pos[:, :, None]  # (seqs, ql, L), 0 is the query itself
+    seen = distance <= 0
+    if window > 0:
+        seen &= distance > -window
+    # slots nobody wrote may hold NaN, and 0 * NaN is NaN
+    v = v.masked_fill((key_pos >= lengths[:, None])[:, None, :, None], 0.0)
+    q = q.float().view(seqs, ql, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = (q @ k.transpose(-1, -2) * scale).view(seqs, kv_heads, group, ql, -1)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes.float().view(kv_heads, group, 1, 1) * distance[:, None, None]
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    if sinks is not None:
+        extra = sinks.float().view(1, kv_heads, group, 1, 1).expand(seqs, -1, -1, ql, 1)
+        weights = torch.cat((scores, extra), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    out = weights.flatten(2, 3) @ v  # (seqs, kv_heads, group * ql, v_dim)
+    return out.view(seqs, kv_heads, group, ql, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, seq_lens: Tensor,
+           alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:  # fmt: skip
+    if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(f"paged_attention: q {tuple(q.shape)} must be (tokens, heads, head_dim), the caches "
+                         f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} (num_blocks, kv_heads, block_size, head_dim)")  # fmt: skip
+    if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[1]:
+        raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit k_cache {tuple(k_cache.shape)}: head_dim must "
+                         "agree and heads be a multiple of kv_heads")  # fmt: skip
+    seqs = seq_lens.shape[0]
+    if query_starts.shape != (seqs + 1,) or block_table.dim() != 2 or block_table.shape[0] < seqs:
+        raise ValueError(f"paged_attention: {seqs} sequences need query_starts ({seqs + 1},) and block_table ({seqs}, "
+                         f"max_blocks), got {tuple(query_starts.shape)} and {tuple(block_table.shape)}")  # fmt: skip
+    for name, extra in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if extra is not None and extra.shape != q.shape[1:2]:
+            raise ValueError(f"paged_attention: {name} {tuple(extra.shape)} must be ({q.shape[1]},)")
+
+
+def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, seq_lens: Tensor) -> bool:
+    return (
+        cpu.lib is not None
+        and q.dtype in cpu.FLOATS
+        and q.dtype == k_cache.dtype == v_cache.dtype
+        and q.is_cpu and k_cache.is_cpu and v_cache.is_cpu
+        and q.stride(2) == 1 and k_cache.stride(3) == 1 and v_cache.stride(3) == 1
+        and block_table.dtype == query_starts.dtype == seq_lens.dtype == torch.int32
+        and block_table.is_cpu and query_starts.is_cpu and seq_lens.is_cpu
+        and block_table.stride(1) == 1 and query_starts.is_contiguous() and seq_lens.is_contiguous()
+    )  # fmt: skip
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, seq_lens: Tensor,
+    scale: float, *, window: int = 0, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, max_query_len: int,
+) -> Tensor:  # fmt: skip
+    """Attend q: (tokens, heads, head_dim) to the cached keys of each token's own sequence -> (tokens, heads, v_head_dim).
+
+    k_cache, v_cache: (num_blocks, kv_heads, block_size, head_dim), already holding this step's keys and values.
+    block_table: (seqs, max_blocks) int32; entries past a sequence's last block are never read as data.
+    query_starts: (seqs + 1,) int32, where each sequence's rows begin in q; seq_lens: (seqs,) int32, keys after this step.
+    window > 0 keeps keys closer than `window` positions; softcap > 0 bends scores to softcap * tanh(score / softcap);
+    alibi_slopes: (heads,) adds slope * (key position - query position); sinks: (heads,) is one more logit that takes
+    probability and gives nothing. Sums are float32. Rows after query_starts[-1] are zero.
+    """
+    _check(q, k_cache, v_cache, block_table, query_starts, seq_lens, alibi_slopes, sinks)
+    if not _fits(q, k_cache, v_cache, block_table, query_starts, seq_lens):
+        return paged_attention_reference(
+            q, k_cache, v_cache, block_table, query_starts, seq_lens, scale, window=window, softcap=softcap,
+            alibi_slopes=alibi_slopes, sinks=sinks, max_query_len=max_query_len,
+        )  # fmt: skip
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to("cpu", torch.float32).contiguous()
+    if sinks is not None:
+        sinks = sinks.to("cpu", torch.float32).contiguous()
+    tokens, heads, head_dim = q.shape
+    blocks, kv_heads, block_size, v_dim = v_cache.shape
+    out = torch.empty((tokens, heads, v_dim), dtype=q.dtype)
+    cpu.lib.paged_attention(
+        q.data_ptr(), q.stride(0), q.stride(1), tokens, heads, head_dim,
+        k_cache.data_ptr(), *k_cache.stride()[:3], v_cache.data_ptr(), *v_cache.stride()[:3],
+        blocks, kv_heads, block_size, v_dim,
+        block_table.data_ptr(), block_table.stride(0), block_table.shape[1],
+        query_starts.data_ptr(), seq_lens.data_ptr(), seq_lens.shape[0],
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+        out.data_ptr(), cpu.CODES[q.dtype], int(window), float(scale), float(softcap), cpu.threads(),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,88 @@
+// What the Python module and the per-ISA variants share: argument records and one table of functions per variant.
+// Strides count elements. Nothing here may be an inline function: a variant compiled for a newer instruction set would
+// emit it with those instructions, and the linker could pick that copy for everybody.
+#pragma once
+#include <stdint.h>
+
+namespace modelport {
+
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };
+
+struct Rows {  // rows of `width` elements, row (i, j) at x + i * outer_stride + j * inner_stride; output is contiguous
+    const void *x;
+    int64_t outer, inner, outer_stride, inner_stride, width;
+    void *out;
+    int dtype, threads;
+};
+
+struct Norm {
+    Rows rows;
+    const void *weight, *bias;  // bias may be null
+    int weight_dtype;
+    float eps, offset;
+};
+
+struct RopeWrite {  // q, k, v: (tokens, heads, dim); caches: (blocks, kv_heads, block_size, dim); null pointers are skipped
+    void *q;
+    int64_t q_token, q_head, heads;
+    void *k;
+    int64_t k_token, k_head;
+    const void *v;
+    int64_t v_token, v_head, tokens, kv_heads, k_dim, v_dim;
+    const int64_t *positions;
+    const float *cos_sin;  // (max_position, rotary), null: no rotation
+    int64_t max_position, rotary, interleaved;
+    void *k_cache;
+    int64_t k_block, k_cache_head, k_slot;
+    void *v_cache;
+    int64_t v_block, v_cache_head, v_slot;
+    int64_t blocks, block_size;
+    const int64_t *slots;
+    int dtype, threads;
+};
+
+struct Attention {
+    const void *q;
+    int64_t q_token, q_head, tokens, heads, head_dim;
+    const void *k;
+    int64_t k_block, k_head, k_slot;
+    const void *v;
+    int64_t v_block, v_head, v_slot;
+    int64_t blocks, kv_heads, block_size, v_dim;
+    const int32_t *table;
+    int64_t table_stride, table_width;
+    const int32_t *starts, *lens;
+    int64_t seqs;
+    const float *alibi, *sinks;  // (heads,) or null
+    void *out;                   // (tokens, heads, v_dim) contiguous
+    int dtype;
+    int64_t window;
+    float scale, softcap;
+    int threads;
+};
+
+struct Linear {
+    const void *x;
+    int64_t x_stride, rows, in, out;
+    const void *weight;  // blocked, see linear.py
+    int weight_dtype;
+    const float *scales;         // (out,) for INT8
+    const void *bias;            // (out,) in dtype, or null
+    const void *residual;        // (rows, out) in dtype, or null
+    int64_t residual_stride;
+    void *result;                // (rows, out) contiguous
+    int dtype, threads;
+};
+
+struct Kernels {
+    const char *name;
+    void (*rms_norm)(const Norm &);
+    void (*layer_norm)(const Norm &);
+    void (*activate)(const Rows &, int kind);
+    void (*gated)(const Rows &, int kind);  // width is the output's, a row of x is twice that
+    void (*rope_write)(const RopeWrite &);
+    void (*attention)(const Attention &);
+    void (*linear)(const Linear &);
+};
+
+}  // namespace modelport

@@ -1,0 +1,6 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#define VARIANT avx2
+#define LANES 8
+#include "variant.inc"
+#endif

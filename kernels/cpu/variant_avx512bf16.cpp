@@ -1,0 +1,7 @@
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+#define VARIANT avx512bf16
+#define LANES 16
+#define DOT_BF16 1
+#include "variant.inc"
+#endif

@@ -1,0 +1,64 @@
+"""Rotary position embedding, in place.
+
+Angles come from a float32 table that the caller built once; products are float32 and rounded once.
+"""
+
+import torch
+from torch import Tensor
+
+from modelport.kernels import cpu
+
+
+def rotate_reference(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
+    """Plain torch version of `rotate_`."""
+    rotary = cos_sin.shape[-1]
+    cos, sin = cos_sin[positions][:, None, :].chunk(2, dim=-1)  # (tokens, 1, rotary / 2)
+    part = x[..., :rotary].float()
+    if interleaved:
+        a, b = part[..., 0::2], part[..., 1::2]
+        x[..., :rotary] = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+    else:
+        a, b = part.chunk(2, dim=-1)
+        x[..., :rotary] = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def check_rotation(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """Raise ValueError where shapes or dtypes do not fit each other."""
+    if x.dim() != 3 or positions.shape != x.shape[:1]:
+        raise ValueError(f"rotate: x {tuple(x.shape)} must be (tokens, heads, head_dim), positions "
+                         f"{tuple(positions.shape)} (tokens,)")  # fmt: skip
+    if cos_sin.dim() != 2 or cos_sin.shape[1] > x.shape[2] or cos_sin.shape[1] % 2:
+        raise ValueError(f"rotate: cos_sin {tuple(cos_sin.shape)} must be (max_position, rotary_dim), rotary_dim even "
+                         f"and at most head_dim {x.shape[2]}")  # fmt: skip
+
+
+def kernel_fits(x: Tensor, positions: Tensor, cos_sin: Tensor) -> bool:
+    """Whether the C kernel takes these dtypes and strides."""
+    return (
+        cpu.lib is not None
+        and x.is_cpu
+        and x.dtype in cpu.FLOATS
+        and x.stride(2) == 1
+        and positions.dtype == torch.int64
+        and positions.is_contiguous()
+        and cos_sin.dtype == torch.float32
+        and cos_sin.is_contiguous()
+        and positions.is_cpu
+        and cos_sin.is_cpu
+    )
+
+
+def rotate_(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
+    """Rotate x: (tokens, heads, head_dim) in place by the angles of positions: (tokens,) int64.
+
+    cos_sin: (max_position, rotary_dim) float32 = [cos | sin], each rotary_dim / 2 wide; dimensions past rotary_dim stay.
+    Pairs are (i, i + rotary_dim / 2), or neighbours when interleaved. x may be a strided view of a fused projection.
+    """
+    check_rotation(x, positions, cos_sin)
+    if kernel_fits(x, positions, cos_sin):
+        cpu.lib.rotate(
+            x.data_ptr(), *x.shape, x.stride(0), x.stride(1), positions.data_ptr(), cos_sin.data_ptr(),
+            *cos_sin.shape, int(interleaved), cpu.CODES[x.dtype], cpu.threads(),
+        )  # fmt: skip
+    else:
+        rotate_reference(x, positions, cos_sin, interleaved)

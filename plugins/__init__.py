@@ -1,0 +1,1 @@
+"""Built-in plugins: each family, format and source that modelport ships, under the same contract as anybody's."""
