@@ -181,10 +181,10 @@ def _installed() -> list[PluginRecord]:
     for distribution in importlib.metadata.distributions():
         text = distribution.read_text("entry_points.txt") or ""
         if ENTRY_POINT_GROUP in text:  # reading the name of every other package would cost more than all the rest
-            metadata = distribution.metadata  # parsed anew at every access
+            metadata = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+            package, version = _header(metadata, "Name"), _header(metadata, "Version")
             # the first one on sys.path hides later ones of its name, as it does for imports
-            offered = _offered_by(distribution, metadata["Name"], metadata["Version"])
-            found.setdefault(_canonical(metadata["Name"]), offered)
+            found.setdefault(_canonical(package), _offered_by(distribution, package, version))
     offers = [record for records in found.values() for record in records]
     offers.sort(key=lambda record: (not record.builtin, record.name, record.distribution))
     for i, record in enumerate(offers):
@@ -211,6 +211,12 @@ def _offered_by(distribution: importlib.metadata.Distribution, package: str, ver
         r if _DOTTED_NAME.fullmatch(r.module) else replace(r, status="broken", reason=complaint.format(r.module))
         for r in records
     ]
+
+
+def _header(metadata: str, field: str) -> str:
+    """One field; `Distribution.metadata` would parse the whole message, and a listing would take twice as long."""
+    match = re.search(rf"^{field}: *(.+)$", metadata, re.MULTILINE)
+    return match[1].strip() if match else "?"
 
 
 def _canonical(distribution: str) -> str:

@@ -69,9 +69,11 @@ class Job:
 
     def _completion(self, request: Request) -> CompletionOutput:
         wanted = self.params.logprobs is not None
+        if request.detokenizer is not None:
+            request.text += request.detokenizer.delta()  # never more than a stop string would leave
         return CompletionOutput(
             request.index,
-            request.detokenizer.text if request.detokenizer is not None else "",
+            request.text,
             request.output_token_ids,
             request.cumulative_logprob if wanted else None,
             list(request.logprobs) if wanted else None,
@@ -145,7 +147,7 @@ class Frontend:
         limit = self.engine.max_model_len
         total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
-        bad_words = self._bad_words(params.bad_words or ())
+        bad_words = tuple(params.bad_words_token_ids(self._encode_word))
         for index in range(params.n):
             job.requests.append(
                 Request(
@@ -195,10 +197,8 @@ class Frontend:
             )
         return text, [int(token) for token in ids]
 
-    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Token sequences of each word, at the beginning of a text and after a space."""
-        forms = (form for word in words for form in (word, " " + word.lstrip()))
-        return tuple({tuple(self.tokenizer.encode(form, add_special_tokens=False)): None for form in forms})
+    def _encode_word(self, word: str) -> list[int]:
+        return self.tokenizer.encode(word, add_special_tokens=False)
 
     def _eos_ids(self) -> tuple[int, ...]:
         found: dict[int, None] = {}

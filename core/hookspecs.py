@@ -27,6 +27,8 @@ hookspec = pluggy.HookspecMarker("modelport")
 def register_architectures() -> Iterable[Architecture]:
     """Name the architectures that this plugin can build.
 
+    Called once, when the plugin is loaded; an exception makes the plugin broken.
+
     :return: the `Architecture` records; an empty iterable is fine.
 
     Collected. Runs in: front end and every worker.
@@ -91,6 +93,9 @@ def open_weights(checkpoint: Checkpoint, config: dict) -> Iterable[tuple[str, Te
 @hookspec
 def transform_model(model: nn.Module, info: ModelInfo) -> None:
     """Rewrite the empty model in place, before weights load: swap in vendor layers, quantised or adapted linears.
+
+    A layer that takes another one's place reuses its parameters, or makes its own on the meta device; the checkpoint
+    must fill whatever is there in the end. An exception stops the engine from being built.
 
     :param model: the model on the meta device; walk `model.named_modules()`.
     :param info: the architecture, its configuration, the engine's settings.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import queue
 import sys
 import threading
@@ -19,6 +20,8 @@ from modelport.frontend import Frontend, Job, Message, engine_config
 from modelport.inputs.tokenizer import Tokenizer
 from modelport.request import Prompt, Request, RequestOutput
 from modelport.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class LLM:
@@ -229,9 +232,9 @@ class AsyncLLM:
                 touched = {id(job): job for r in engine.step() if (job := owners.get(id(r))) is not None}
                 for job in touched.values():
                     self._tell(job, job.output())
-        except BaseException as error:
+        except Exception as error:
             self._failure = failure = error
-            raise
+            logger.exception("the engine failed; its requests end with an error")
         finally:
             for job, _, _ in list(self._listeners.values()):
                 self._tell(job, failure)

@@ -72,6 +72,7 @@ class RequestOutput:
 class Request:
     """One sequence in the engine; a prompt with `n=3` is three of them.
 
+    :ivar text: what its caller has been told of the output's text.
     :ivar num_computed: tokens whose keys and values lie in the cache.
     :ivar blocks: cache blocks in order.
     :ivar block_hashes: hash chain over the full blocks of `token_ids`, as far as it has been needed.
@@ -91,6 +92,7 @@ class Request:
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     index: int = 0
     leader: Request | None = None
+    text: str = ""
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)

@@ -181,7 +181,7 @@ def takes_prompt(processor: Callable[..., Any]) -> bool:
         signature = inspect.signature(processor)
     except (TypeError, ValueError):  # some built-in callables do not say what they take
         return False
-    for arguments in (3, 2):  # three first: `*args` and an optional third get all there is
+    for arguments in (2, 3):  # a third that is optional is the function's own
         try:
             signature.bind(*[None] * arguments)
         except TypeError:

@@ -29,15 +29,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
-    cells = [
-        (
-            r["architecture"],
-            r["plugin"],
-            ", ".join(r["tasks"]),
-            f"{r['package']} {r['version']}" if r["package"] else "-",
-        )
-        for r in rows
-    ]
+    cells = []
+    for row in rows:
+        package = f"{row['package']} {row['version']}" if row["package"] else "-"
+        cells.append((row["architecture"], row["plugin"], ", ".join(row["tasks"]), package))
     print(table(("ARCHITECTURE", "PLUGIN", "TASKS", "PACKAGE"), cells))
     broken = [record.name for record in plugins.records if record.status == "broken"]
     if broken:

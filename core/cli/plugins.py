@@ -1,4 +1,4 @@
-"""`modelport plugins`: what is installed, from package metadata alone; `--load` imports it and tells what became of it."""
+"""`modelport plugins`: what is installed, from metadata and source alone; `--load` imports it and shows the truth."""
 
 import argparse
 import json

@@ -8,16 +8,27 @@ from modelport.kernels import linear as kernel
 
 
 class Embedding(nn.Module):
-    """One row per token id; weight: (num_embeddings, size). `scale` multiplies the rows."""
+    """One row per token id; weight: (num_embeddings, size). `scale` multiplies the rows.
+
+    Shared with a tied `LMHead`, the weight is kept once, in the form that the head's product reads fastest.
+    """
 
     def __init__(self, num_embeddings: int, size: int, scale: float = 1.0):
         super().__init__()
         self.num_embeddings, self.size, self.scale = num_embeddings, size, scale
         self.weight = nn.Parameter(torch.empty(num_embeddings, size), requires_grad=False)
+        self.is_shared = False
+        self.packed: kernel.PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Swap the loaded weight for its packed form, when a head shares it; called once by the core."""
+        if self.is_shared:
+            self.packed = kernel.pack(self.weight.data)
+            self.weight = None
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (tokens,) int64 -> (tokens, size)."""
-        rows = nn.functional.embedding(token_ids, self.weight)
+        rows = nn.functional.embedding(token_ids, self.weight) if self.packed is None else self.packed.rows(token_ids)
         # The factor is rounded to the weights' type first, as published implementations do.
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
@@ -51,7 +62,9 @@ class LMHead(nn.Module):
     ):
         super().__init__()
         self.tied, self.softcap = (tied,), softcap  # in a tuple, so that the weight is registered once
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        if tied is not None:
+            tied.is_shared = True
+        self.weight = None if tied is not None else nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(vocab_size), requires_grad=False) if bias else None
         self.packed: kernel.PackedWeight | None = None
 
@@ -66,8 +79,5 @@ class LMHead(nn.Module):
             self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_tied:
-            logits = nn.functional.linear(x, self.tied[0].weight, self.bias)
-        else:
-            logits = kernel.linear(x, self.packed, self.bias)
+        logits = kernel.linear(x, self.tied[0].packed if self.is_tied else self.packed, self.bias)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

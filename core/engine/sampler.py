@@ -1,0 +1,195 @@
+"""From logits to tokens: one row per running request.
+
+Decisions: a token is a pure function of its request's logits, seed and place in the output, so neither the rest of the
+batch nor a preemption changes it: the random number is a hash of (seed, place), and there is no generator to keep.
+Rows are worked on together, in as few passes as their requests need: greedy ones take a single one.
+Legend: logits, x: (rows, vocab); slot: a request's row in the engine's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modelport.engine.draw import best_tokens, draw, filter_weights, uniform
+from modelport.engine.logits import LogitsEdits
+from modelport.sampling_params import SamplingParams
+
+SCORED_ROWS = 128  # prompt rows scored at a time, which bounds the float32 copies
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of one place, from the untouched logits in float32.
+
+    :ivar logprob: of the token that stands there.
+    :ivar rank: of that token; 1 is the most likely.
+    :ivar top_ids: the most likely tokens, best first.
+    :ivar top_logprobs: theirs.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class SamplerOutput:
+    """One step's tokens.
+
+    :ivar token_ids: (rows,) int64; -1 in rows with an error.
+    :ivar logprobs: per row, None where they were not asked for.
+    :ivar errors: rows that no token can be drawn from, with the reason; the other rows are sound.
+    """
+
+    token_ids: np.ndarray
+    logprobs: list[TokenLogprobs | None]
+    errors: dict[int, str]
+
+
+class Sampler:
+    """Chooses tokens for up to `max_num_seqs` requests, each in its slot.
+
+    :param vocab_size: columns of the logits.
+    :param device: where the logits will lie.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device):
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self._edits = LogitsEdits(vocab_size, max_num_seqs)
+        # (slots,) each: what a step reads is picked by slot, without a look at a request.
+        self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)  # 0: all
+        self._top_p = np.ones(max_num_seqs)
+        self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self._filtered = np.zeros(max_num_seqs, dtype=bool)
+        self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._logprobs = np.full(max_num_seqs, -1)  # -1: none
+        self._outputs: list[list[int]] = [[] for _ in range(max_num_seqs)]
+
+    def add(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: list[int],
+        seed: int,
+        eos_token_ids: tuple[int, ...],
+        bad_words_ids: Sequence[Sequence[int]] = (),
+    ) -> None:
+        """Put a request into a slot; one that was there before is forgotten.
+
+        :param output_token_ids: the engine's own list: it appends every token; not empty after a preemption.
+        :param seed: any integer; with the length of `output_token_ids` it determines the next random number.
+        :param eos_token_ids: tokens that end a text; not chosen before `params.min_tokens`.
+        :param bad_words_ids: token sequences that must not come about (`SamplingParams.bad_words_token_ids`).
+        """
+        stop_ids = (*eos_token_ids, *(params.stop_token_ids or ()))
+        self._edits.add(slot, params, prompt_token_ids, output_token_ids, stop_ids, bad_words_ids)
+        self._outputs[slot] = output_token_ids
+        self._temperature[slot] = min(params.temperature, 1e30)  # more is infinite in float32
+        self._top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else 0
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._filtered[slot] = self._top_k[slot] > 0 or params.top_p < 1 or params.min_p > 0
+        self._seed[slot] = seed & (2**64 - 1)
+        self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot."""
+        self._edits.remove(slot)
+        self._outputs[slot] = []
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, slots: np.ndarray) -> SamplerOutput:
+        """Choose the next token of each row.
+
+        :param logits: (rows, vocab) of any floating type; left as they are.
+        :param slots: (rows,) int: whose row it is.
+        """
+        assert logits.shape == (len(slots), self.vocab_size), (logits.shape, len(slots), self.vocab_size)
+        x, errors = logits, {}
+        if self._edits.active[slots].any():
+            x = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
+            errors = self._edits.apply(x, slots)
+        tokens, best = best_tokens(x)
+        drawn = self._temperature[slots] > 0
+        filtered = drawn & self._filtered[slots]
+        for chosen, weigh in ((drawn & ~filtered, self._weights), (filtered, self._filtered_weights)):
+            rows = np.flatnonzero(chosen)
+            if len(rows):
+                where = self._tensor(rows)
+                whole = len(rows) == len(slots)
+                weights = weigh(x if whole else x[where], best if whole else best[where], slots[rows])
+                places = np.fromiter((len(self._outputs[slot]) for slot in slots[rows]), np.uint64, len(rows))
+                tokens[where] = draw(weights, self._tensor(uniform(self._seed[slots[rows]], places)))
+        return self._output(logits, slots, tokens, best, errors)
+
+    def _weights(self, x: Tensor, best: Tensor, slots: np.ndarray) -> Tensor:
+        """(rows, vocab) float32 in [0, 1], the most likely token having 1."""
+        temperature = self._tensor(self._temperature[slots])[:, None]
+        return torch.sub(x, best.float()[:, None]).float().div_(temperature).exp_()
+
+    def _filtered_weights(self, x: Tensor, best: Tensor, slots: np.ndarray) -> Tensor:
+        """`_weights` with a 0 for every token that `top_k`, `top_p` and `min_p` leave out."""
+        weights = self._weights(x, best, slots)
+        settings = [self._tensor(setting[slots]) for setting in (self._top_k, self._top_p, self._min_p)]
+        return filter_weights(weights, *settings, int(self._top_k[slots].max()))
+
+    def _output(
+        self, logits: Tensor, slots: np.ndarray, tokens: Tensor, best: Tensor, errors: dict[int, str]
+    ) -> SamplerOutput:
+        logprobs: list[TokenLogprobs | None] = [None] * len(slots)
+        rows = np.flatnonzero(self._logprobs[slots] >= 0)
+        if len(rows):
+            wanted = self._logprobs[slots[rows]]
+            where = self._tensor(rows)
+            found = _score(logits[where], tokens[where], int(wanted.max()))
+            for row, k, entry in zip(rows.tolist(), wanted.tolist(), found, strict=True):
+                logprobs[row] = TokenLogprobs(entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k])
+        token_ids, best = tokens.cpu().numpy(), best.float().cpu().numpy()
+        for row in np.flatnonzero(~np.isfinite(best)).tolist():
+            errors.setdefault(row, _why_not(best[row], slots[row]))
+        for row in errors:
+            token_ids[row], logprobs[row] = -1, None
+        return SamplerOutput(token_ids, logprobs, errors)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+@torch.inference_mode()
+def prompt_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogprobs]:
+    """Log-probabilities of the tokens that follow each row.
+
+    :param logits: (rows, vocab) of any floating type.
+    :param token_ids: (rows,) int64, on the same device.
+    :param k: most likely tokens to name beside the one that follows.
+    """
+    parts = zip(logits.split(SCORED_ROWS), token_ids.split(SCORED_ROWS), strict=True)
+    return [entry for some, tokens in parts for entry in _score(some, tokens, k)]
+
+
+def _score(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogprobs]:
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    own = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs > own).sum(-1) + 1
+    # By id first: the stable sort then leaves ties in the order of their ids.
+    ids = logprobs.topk(min(k, logits.shape[1]), dim=-1).indices.sort(-1).values
+    values, order = logprobs.gather(1, ids).sort(stable=True, dim=-1, descending=True)
+    columns = own[:, 0].tolist(), ranks.tolist(), ids.gather(1, order).tolist(), values.tolist()
+    return [TokenLogprobs(*entry) for entry in zip(*columns, strict=True)]
+
+
+def _why_not(best: float, slot: int) -> str:
+    if best == -np.inf:
+        return (
+            "every token is ruled out: allowed_token_ids, bad_words, min_tokens, logit_bias and logits_processors "
+            "leave nothing to choose from"
+        )
+    return f"FloatingPointError: the logits of slot {slot} hold {best}; are the model's weights and its dtype right?"

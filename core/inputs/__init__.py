@@ -1,0 +1,1 @@
+"""What turns a request's text into token ids and back: tokenizers and chat templates."""

@@ -1,0 +1,1 @@
+"""Checkpoint formats other than safetensors, each a plugin."""

@@ -1,0 +1,352 @@
+"""The `modelport` command: quick where it must be, one line where it fails, and every flag arrives where it belongs."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Iterator
+
+import pytest
+
+from modelport import __version__, cli
+from modelport.cli import chat, doctor, flags, generate
+from modelport.discovery import PluginRecord
+from modelport.sampling_params import SamplingParams
+
+
+class FakeLLM:
+    """Answers every prompt with two pieces, and keeps what it was asked."""
+
+    calls: list
+    pieces = ("Hello", " there")
+
+    def __init__(self, **settings: object):
+        type(self).calls = [("settings", settings)]
+
+    def stream(self, prompt: object, params: SamplingParams, kind: str = "stream") -> Iterator:
+        self.calls.append((kind, prompt, params))
+        for end in range(1, len(self.pieces) + 1):
+            yield self._output("".join(self.pieces[:end]), end)
+
+    def stream_chat(self, messages: list, params: SamplingParams) -> Iterator:
+        return self.stream(list(messages), params, "stream_chat")
+
+    def generate(self, prompt: object, params: SamplingParams, *, use_tqdm: bool) -> list:
+        return list(self.stream(prompt, params, "generate"))[-1:]
+
+    def chat(self, messages: list, params: SamplingParams, *, use_tqdm: bool) -> list:
+        return list(self.stream(messages, params, "chat"))[-1:]
+
+    def _output(self, text: str, tokens: int) -> object:
+        return types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text, token_ids=list(range(tokens)))])
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    monkeypatch.setattr("modelport.LLM", FakeLLM, raising=False)
+    return FakeLLM
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "modelport", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["plugins"], ["plugins", "--json"], ["plugins", "-h"]]
+)
+def test_answers_without_torch_and_at_once(arguments: list[str]) -> None:
+    code = (
+        "import sys, modelport.cli as cli\n"
+        "try: status = cli.main(sys.argv[1:])\n"
+        "except SystemExit as end: status = end.code\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'pydantic', 'jinja2', 'pluggy'} & set(sys.modules)\n"
+        "sys.exit(status or str(heavy) if heavy else status)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert time.perf_counter() - started < 2  # the aim is 0.3 s; a busy machine gets room
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"modelport {__version__}\n"
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["genrate"], ["generate", "--dtype", "float8", "x"]])
+def test_a_wrong_command_line_exits_2_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert "usage: modelport" in capsys.readouterr().err
+
+
+def test_generate_streams_text_to_stdout_and_timings_to_stderr(llm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "Hi"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello there\n"
+    assert "2 tokens" in err
+    assert "first token after" in err
+    kind, prompt, params = llm.calls[-1]
+    assert (kind, prompt, params.temperature, params.max_tokens) == ("stream", "Hi", 0.0, 256)
+    assert llm.calls[0] == ("settings", {"model": "smollm2"})
+
+
+def test_every_flag_reaches_the_engine_or_the_sampler(llm, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "generate Hi -q --no-stream -m here --dtype float32 --max-model-len 64 --seed 7 --no-enable-prefix-caching "
+        "--trust-remote-code -p no:gpt2,acme.model -p no:llama "
+        "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.5 --stop a --stop b"
+    )
+    assert cli.main(line.split()) == 0
+    assert capsys.readouterr() == ("Hello there\n", "")
+    assert llm.calls[0][1] == {
+        "model": "here",
+        "dtype": "float32",
+        "max_model_len": 64,
+        "seed": 7,
+        "enable_prefix_caching": False,
+        "trust_remote_code": True,
+        "plugins": ("acme.model",),
+        "blocked_plugins": ("gpt2", "llama"),
+    }
+    kind, _, params = llm.calls[-1]
+    wanted = SamplingParams(
+        max_tokens=3, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.5, stop=["a", "b"]
+    )
+    assert (kind, params) == ("generate", wanted)
+
+
+def test_every_engine_setting_has_a_flag_with_a_description() -> None:
+    from modelport.config import EngineConfig
+
+    parser = cli._parser(["generate"])
+    text = " ".join(parser._subparsers._group_actions[0].choices["generate"].format_help().split())
+    for name, field in EngineConfig.model_fields.items():
+        if name not in flags._NO_FLAG - {"model"}:
+            assert "--" + name.replace("_", "-") in text
+            assert field.description in text
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-stream"]])
+def test_generate_as_chat(llm, extra: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--system", "Be kind.", "Hi", *extra]) == 0
+    kind, messages, _ = llm.calls[-1]
+    assert kind == ("chat" if extra else "stream_chat")
+    assert messages == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert capsys.readouterr().out == "Hello there\n"
+
+
+@pytest.mark.parametrize("given", [[], ["-"]])
+def test_generate_reads_a_pipe(llm, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    assert cli.main(["generate", *given]) == 0
+    assert llm.calls[-1][1] == "two\nlines"
+
+
+def test_generate_without_a_prompt_says_how(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert cli.main(["generate"]) == 2
+    assert "modelport: error: there is no prompt; write it in quotes" in capsys.readouterr().err
+
+
+def test_timings_count_the_tokens_after_the_first() -> None:
+    assert generate._timings(11, 1.5, 10.0, 10.5, 12.5).startswith(
+        "11 tokens, 5.0 tokens per second; first token after 0.5"
+    )
+    assert generate._timings(1, 1.5, 10.0, 10.5, 10.5) == "1 tokens in 0.50 s; model loaded in 1.5 s"
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, *lines: str, arguments: tuple[str, ...] = ()) -> int:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    return cli.main(["chat", *arguments])
+
+
+def test_chat_remembers_until_reset(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert talk(monkeypatch, "one", "", "two", "/reset", "three", "/exit", "four", arguments=("--system", "S")) == 0
+    asked = [[message["content"] for message in messages] for _, messages, _ in llm.calls[1:]]
+    assert asked == [["S", "one"], ["S", "one", "Hello there", "two"], ["S", "three"]]
+    assert capsys.readouterr().out == "Hello there\n" * 3
+
+
+def test_chat_knows_its_commands(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert talk(monkeypatch, "/help", "/nothing", "/etc/hosts is what?") == 0
+    out = capsys.readouterr().out
+    assert out.count("/reset forgets the conversation") == 2
+    assert "there is no command /nothing" in out
+    assert len(llm.calls) == 2  # the question with a slash is a question
+
+
+def test_chat_survives_a_refused_message(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(self, messages: list, params: SamplingParams) -> Iterator:
+        if messages[-1]["content"] == "long":
+            raise ValueError("the prompt is too long")
+        return FakeLLM.stream(self, list(messages), params)
+
+    monkeypatch.setattr(FakeLLM, "stream_chat", refuse)
+    assert talk(monkeypatch, "long", "short") == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("Hello there\n", "modelport: error: the prompt is too long\n")
+    assert llm.calls[-1][1] == [{"role": "user", "content": "short"}]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    closed = []
+
+    def interrupted(self, messages: list, params: SamplingParams) -> Iterator:
+        self.calls.append(list(messages))
+        try:
+            yield self._output("Hel", 1)
+            if len(messages) == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield self._output("Hello", 2)
+            yield self._output("Hello there", 3)
+        except GeneratorExit:
+            closed.append(True)
+            raise
+
+    monkeypatch.setattr(FakeLLM, "stream_chat", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert talk(monkeypatch, "one", "two") == 0
+    assert capsys.readouterr().out == "Hello [stopped]\nHello there\n"
+    assert closed == [True]
+    assert [message["content"] for message in llm.calls[-1]] == ["one", "Hello", "two"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    with chat._stop_flag() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("no such thing; try another"), "no such thing; try another"),
+        (FileNotFoundError("model 'x' is nowhere"), "model 'x' is nowhere"),
+        (RuntimeError("bad"), "RuntimeError: bad (this should not happen; MODELPORT_TRACEBACK=1 shows where it did)"),
+    ],
+)
+def test_an_error_is_one_line(llm, monkeypatch, capsys, error: Exception, line: str) -> None:
+    def fail(self, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr(FakeLLM, "__init__", fail)
+    assert cli.main(["generate", "Hi"]) == 2
+    assert capsys.readouterr().err == f"modelport: error: {line}\n"
+    monkeypatch.setenv("MODELPORT_TRACEBACK", "1")
+    assert cli.main(["generate", "Hi"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_pydantic_error_names_field_and_value() -> None:
+    from modelport.config import EngineConfig
+
+    with pytest.raises(ValueError, match="max_model_len") as caught:
+        EngineConfig(model="x", max_model_len=0)
+    assert cli.describe(caught.value) == "max_model_len=0: Input should be greater than 0"
+
+
+def test_ctrl_c_ends_generate_quietly(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(self, prompt: str, params: SamplingParams) -> Iterator:
+        yield self._output("Hel", 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeLLM, "stream", interrupted)
+    assert cli.main(["generate", "Hi"]) == 130
+    assert capsys.readouterr().err == "\n"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    pipe = f"{sys.executable} -m modelport plugins --json | {sys.executable} -c 'import sys; sys.stdin.close()'"
+    done = subprocess.run(["sh", "-c", f"for i in 1 2 3; do {pipe}; done"], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_models_lists_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--json", "-p", "no:gpt2"]) == 0
+    rows = {row["architecture"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["LlamaForCausalLM"] | {"version": ""} == {
+        "architecture": "LlamaForCausalLM",
+        "plugin": "llama",
+        "tasks": ["generate"],
+        "package": "modelport",
+        "version": "",
+    }
+    assert "GPT2LMHeadModel" not in rows
+    assert cli.main(["models"]) == 0
+    assert "GPT2LMHeadModel" in capsys.readouterr().out
+
+
+def test_plugins_shows_what_is_blocked_and_what_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plugins", "-p", "no:gpt2", "--json"]) == 0
+    status = {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}
+    assert (status["gpt2"], status["llama"]) == ("blocked", "installed")
+    assert cli.main(["plugins", "--load"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llama "))
+    assert "loaded" in line
+    assert "LlamaForCausalLM" in line
+
+
+def test_blocking_an_unknown_plugin_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plugins", "-p", "no:lama"]) == 2
+    assert "did you mean 'llama'" in capsys.readouterr().err
+
+
+def test_doctor_reports_and_its_status_tells(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [doctor.Finding("python", "3.11"), doctor.Finding("plugins", "'acme' is broken: no")]
+    monkeypatch.setattr(doctor, "_findings", lambda args: iter(found))
+    assert cli.main(["doctor"]) == 0
+    assert "no problems found" in capsys.readouterr().out
+    found[1] = doctor.Finding("plugins", "'acme' is broken: no", problem=True)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "!!  plugins         'acme' is broken: no" in out
+    assert "1 problem found" in out
+
+
+def test_doctor_sees_a_broken_plugin_and_an_old_package(monkeypatch) -> None:
+    plugins = types.SimpleNamespace(
+        records=[PluginRecord("acme", "acme.model", "acme-llm", "0.3", status="broken", reason="no module 'x'")],
+        architectures={},
+        conflicts={"XForCausalLM": "XForCausalLM is provided by two"},
+    )
+    problems = [finding.text for finding in doctor._plugins(plugins) if finding.problem]
+    assert problems == ["'acme' (acme-llm 0.3) is broken: no module 'x'", "XForCausalLM is provided by two"]
+    monkeypatch.setattr(
+        doctor.metadata, "requires", lambda name: ["numpy>=999", "nowhere-to-be-found", "numpy", 'x; extra == "y"']
+    )
+    texts = [(finding.problem, finding.text) for finding in doctor._requirements()]
+    assert [problem for problem, _ in texts] == [True, True, False]
+    assert ">=999 is needed" in texts[0][1]
+    assert "is not installed; pip install 'nowhere-to-be-found'" in texts[1][1]
+
+
+def test_doctor_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    for topic in ("python", "torch", "transformers", "cpu dtypes", "cpu kernels", "plugins", "default model"):
+        assert f"  {topic} " in out
+    assert "float32, bfloat16" in out
