@@ -154,7 +154,8 @@ class AsyncLLM:
         self._front = Frontend(engine_config(model, settings), progress=sys.stderr.isatty())
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._listeners: dict[int, tuple[Job, asyncio.AbstractEventLoop, asyncio.Queue]] = {}
-        self._failure: BaseException | None = None
+        self._end: BaseException | None = None  # why the engine runs no more
+        self._lock = threading.Lock()  # a listener either registers before the end, and is told, or sees the end
         self._thread = threading.Thread(target=self._work, name="modelport-engine", daemon=True)
         self._thread.start()
 
@@ -192,10 +193,11 @@ class AsyncLLM:
         self._thread.join()
 
     async def _listen(self, job: Job) -> AsyncIterator[RequestOutput]:
-        if not self._thread.is_alive():
-            raise RuntimeError("the engine is not running") from self._failure
         outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
-        self._listeners[id(job)] = (job, asyncio.get_running_loop(), outputs)
+        with self._lock:
+            if self._end is not None:
+                raise RuntimeError("the engine is not running") from self._end
+            self._listeners[id(job)] = (job, asyncio.get_running_loop(), outputs)
         self._commands.put(("add", job))
         try:
             while True:
@@ -215,7 +217,7 @@ class AsyncLLM:
         """The engine's thread: take commands, step, tell listeners."""
         engine = self._front.engine
         owners: dict[int, Job] = {}
-        failure: BaseException = RuntimeError("the engine was shut down")
+        end: BaseException = RuntimeError("the engine was shut down")
         try:
             while True:
                 while not self._commands.empty() or not engine.has_work:
@@ -233,11 +235,13 @@ class AsyncLLM:
                 for job in touched.values():
                     self._tell(job, job.output())
         except Exception as error:
-            self._failure = failure = error
+            end = error
             logger.exception("the engine failed; its requests end with an error")
         finally:
+            with self._lock:
+                self._end = end
             for job, _, _ in list(self._listeners.values()):
-                self._tell(job, failure)
+                self._tell(job, end)
 
     def _tell(self, job: Job, what: RequestOutput | BaseException) -> None:
         listener = self._listeners.get(id(job))

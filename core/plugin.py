@@ -43,7 +43,7 @@ class Architecture:
     :ivar model: the model class, or `"module:Class"` when importing it is heavy. Called with the configuration.
     :ivar config: pydantic class that lists what the model reads from `config.json`.
     :ivar rename: checkpoint name prefixes to replace, `{"transformer.": "model."}`; the longest match wins.
-    :ivar weights: generator over the checkpoint's `(name, tensor)` stream, after `rename`: split, stack, transpose.
+    :ivar weights: called with the checkpoint's `(name, tensor)` stream, after `rename`: split, stack, transpose.
     :ivar ignore: patterns (`fnmatch`) of checkpoint tensors that the model does not need, such as stored masks.
     :ivar tasks: what the model does; `"generate"` is the only one so far.
     :ivar reference: what proves it right, `"transformers:AcmeForCausalLM"`.
@@ -55,7 +55,7 @@ class Architecture:
     model: type[nn.Module] | str
     config: type[BaseModel]
     rename: Mapping[str, str] = field(default_factory=dict)
-    weights: Callable[[Iterable[tuple[str, Tensor]]], Iterable[tuple[str, Tensor]]] | None = None
+    weights: Callable[[Iterable[tuple[str, Tensor]], Any], Iterable[tuple[str, Tensor]]] | None = None
     ignore: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("generate",)
     reference: str | None = None

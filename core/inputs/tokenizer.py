@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from modelport.inputs.decode_stream import DecodeStream, clean_up
-from modelport.inputs.tokenizer_files import named_templates, read_folder
+from modelport.inputs.tokenizer_files import has_own_code, named_templates, read_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -204,6 +204,11 @@ def load_tokenizer(checkpoint: Checkpoint, config: dict[str, Any], plugins: Plug
 
 
 def _from_transformers(folder: Path, trust_remote_code: bool) -> Tokenizer:
+    if has_own_code(folder) and not trust_remote_code:
+        raise ValueError(
+            f"the tokenizer in {folder} is Python code of its own (auto_map in tokenizer_config.json), which is never "
+            "run unasked: read it, then pass trust_remote_code=True; or pass tokenizer= with another one"
+        )
     from transformers import AutoTokenizer
 
     try:

@@ -37,6 +37,12 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dic
     return backend, roles, _chat_templates(folder, settings), clean_up
 
 
+def has_own_code(folder: Path) -> bool:
+    """Whether the tokenizer is a Python class that lies beside it (or in another repository)."""
+    auto_map = _json(folder / "tokenizer_config.json").get("auto_map")
+    return "AutoTokenizer" in auto_map if isinstance(auto_map, dict) else bool(auto_map)
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     settings = _json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:  # files of before 2023 keep special tokens apart

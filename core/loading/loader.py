@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from modelport.modeling.embedding import LMHead
@@ -34,6 +35,7 @@ def load_weights(
     model: nn.Module,
     weights: Iterable[tuple[str, Tensor]],
     architecture: Architecture,
+    config: BaseModel,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -43,7 +45,7 @@ def load_weights(
     """
     stream = _renamed(weights, architecture)
     if architecture.weights is not None:
-        stream = architecture.weights(stream)
+        stream = architecture.weights(stream, config)
     targets, optional = _targets(model), _tied_names(model)
     open_rows = _rows_to_fill(model)
     surplus: list[str] = []

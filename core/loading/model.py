@@ -63,14 +63,13 @@ def build(about: Description, plugins: Plugins, engine: EngineConfig, max_model_
     """
     with torch.device("meta"):
         model = about.architecture.model_class()(about.config)
-    plugins.hook.transform_model(
-        model=model, info=ModelInfo(about.architecture, about.config, engine, about.checkpoint)
-    )
+        info = ModelInfo(about.architecture, about.config, engine, about.checkpoint)
+        plugins.hook.transform_model(model=model, info=info)
     if engine.load_format == "dummy":
         fill_random(model, about.dtype, about.device, engine.seed)
     else:
         weights = open_weights(about.checkpoint, about.raw_config, plugins)
-        load_weights(model, _shown(weights, progress), about.architecture, about.dtype, about.device)
+        load_weights(model, _shown(weights, progress), about.architecture, about.config, about.dtype, about.device)
     for module in model.modules():
         build_tables = getattr(module, "build_tables", None)
         if build_tables is not None:

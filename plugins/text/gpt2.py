@@ -100,7 +100,7 @@ class GPT2(nn.Module):
         return self.ln_f(state)
 
 
-def transpose(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def transpose(weights: Iterable[tuple[str, Tensor]], cfg: GPT2Config) -> Iterator[tuple[str, Tensor]]:
     """Conv1D keeps (in, out); our linears keep (out, in)."""
     for name, tensor in weights:
         yield name, tensor.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor

@@ -9,6 +9,7 @@ from modelport.plugin import Architecture
 from torch import nn
 
 CPU = torch.device("cpu")
+CONFIG = TextConfig(vocab_size=10, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
 
 
 class Toy(nn.Module):
@@ -47,7 +48,7 @@ def checkpoint() -> dict[str, torch.Tensor]:
 def load(tensors: dict[str, torch.Tensor], tied: bool = True, **fields) -> Toy:
     with torch.device("meta"):
         model = Toy(tied)
-    load_weights(model, tensors.items(), architecture(**fields), torch.float32, CPU)
+    load_weights(model, tensors.items(), architecture(**fields), CONFIG, torch.float32, CPU)
     return model
 
 
@@ -85,7 +86,7 @@ def test_a_second_copy_of_a_tied_weight_is_no_surplus():
 def test_rename_ignore_and_stream():
     tensors = checkpoint()
 
-    def doubled_back(stream):
+    def doubled_back(stream, config):
         for name, tensor in stream:
             yield name, tensor / 2
 
@@ -124,11 +125,11 @@ def test_rows_are_filled_once():
     with torch.device("meta"):
         model = Toy()
     with pytest.raises(WeightsError, match=r"already filled"):
-        load_weights(model, twice, architecture(), torch.float32, CPU)
+        load_weights(model, twice, architecture(), CONFIG, torch.float32, CPU)
     with torch.device("meta"):
         model = Toy()
     with pytest.raises(WeightsError, match=r"'norm\.weight' twice"):
-        load_weights(model, [*tensors.items(), ("norm.weight", torch.ones(4))], architecture(), torch.float32, CPU)
+        load_weights(model, [*tensors.items(), ("norm.weight", torch.ones(4))], architecture(), CONFIG, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -145,7 +146,7 @@ def test_overflow_of_the_chosen_type_is_refused():
     with torch.device("meta"):
         model = Toy()
     with pytest.raises(WeightsError, match=r"'norm\.weight' holds 1 values .* torch\.float16"):
-        load_weights(model, tensors.items(), architecture(), torch.float16, CPU)
+        load_weights(model, tensors.items(), architecture(), CONFIG, torch.float16, CPU)
 
 
 def test_dummy_weights_fill_everything():

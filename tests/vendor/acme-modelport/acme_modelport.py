@@ -62,7 +62,7 @@ class Acme(CausalLM):
         super().__init__(cfg, Block, RMSNorm(cfg.hidden_size, cfg.rms_norm_eps))
 
 
-def split_gate_up(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def split_gate_up(weights: Iterable[tuple[str, Tensor]], cfg: AcmeConfig) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's `w13` has the rows of gate and up in turn: gate 0, up 0, gate 1, up 1, ..."""
     for name, tensor in weights:
         if name.endswith(".w13.weight"):
