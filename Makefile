@@ -2,7 +2,7 @@
 # PYTHON=python3.12 chooses the interpreter; PROMPT="..." what the demo asks.
 
 PYTHON ?= python3
-PROMPT ?= Write a short poem about a lighthouse.
+PROMPT ?= What is the capital of France, and what is it famous for?
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc kernels/cpu/build.py)
 

@@ -53,22 +53,44 @@ INLINE uint16_t float_to_half(float x) {
 
 INLINE vf load(const float *p) { return read<vf>(p); }
 INLINE vf load(const bf16 *p) { return as<vf>(__builtin_convertvector(read<vh>(p), vu) << 16); }
-INLINE vf load(const int8_t *p) { return __builtin_convertvector(__builtin_convertvector(read<vb>(p), vi), vf); }
 INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
-INLINE void store(bf16 *p, vf x) {  // round to nearest even; a NaN stays one
+INLINE vu bf16_bits(vf x) {  // in the high half: rounded to nearest even; a NaN stays one
     vu u = as<vu>(x);
-    u = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-    u = x != x ? vu{} + 0x7fc0 : u;
+    u += 0x7fff + (u >> 16 & 1);
+    return x != x ? vu{} + 0x7fc00000 : u;
+}
+INLINE void store(bf16 *p, vf x) {
+    vu u = bf16_bits(x) >> 16;
+#if defined(HAS_AVX512)
+    __m256i h = _mm512_cvtepi32_epi16(as<__m512i>(u));
+    memcpy(p, &h, sizeof h);
+#elif defined(HAS_AVX2)
+    for (int i = 0; i < LANES / 8; ++i) {
+        __m256i part = read<__m256i>((char *)&u + 32 * i);
+        __m128i h = _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(part, part), 8));
+        memcpy(p + 8 * i, &h, sizeof h);
+    }
+#else
     vh h = __builtin_convertvector(u, vh);
     memcpy(p, &h, sizeof h);
+#endif
 }
-#if defined(__AVX512F__)
+#if defined(HAS_AVX512)
+INLINE vf load(const int8_t *p) { return __builtin_convertvector(as<vi>(_mm512_cvtepi8_epi32(read<__m128i>(p))), vf); }
 INLINE vf load(const f16 *p) { return as<vf>(_mm512_cvtph_ps(read<__m256i>(p))); }
 INLINE void store(f16 *p, vf x) {
     __m256i h = _mm512_cvtps_ph(as<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     memcpy(p, &h, sizeof h);
 }
-#elif defined(__F16C__)
+#elif defined(HAS_AVX2)
+INLINE vf load(const int8_t *p) {
+    vf x;
+    for (int i = 0; i < LANES / 8; ++i) {
+        __m256 y = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i))));
+        memcpy((char *)&x + 32 * i, &y, 32);
+    }
+    return x;
+}
 INLINE vf load(const f16 *p) {
     vf x;
     for (int i = 0; i < LANES / 8; ++i) {
@@ -84,6 +106,7 @@ INLINE void store(f16 *p, vf x) {
     }
 }
 #elif defined(__aarch64__)
+INLINE vf load(const int8_t *p) { return __builtin_convertvector(__builtin_convertvector(read<vb>(p), vi), vf); }
 INLINE vf load(const f16 *p) {
     typedef __fp16 vhalf __attribute__((vector_size(LANES * 2)));
     return __builtin_convertvector(read<vhalf>(p), vf);
@@ -94,6 +117,7 @@ INLINE void store(f16 *p, vf x) {
     memcpy(p, &h, sizeof h);
 }
 #else
+INLINE vf load(const int8_t *p) { return __builtin_convertvector(__builtin_convertvector(read<vb>(p), vi), vf); }
 INLINE vf load(const f16 *p) {
     vf x;
     for (int i = 0; i < LANES; ++i) x[i] = half_to_float(p[i].bits);
@@ -124,7 +148,6 @@ template <class T> INLINE void store_some(T *p, vf x, int64_t n) {
     store(buffer, x);
     memcpy(p, buffer, n * sizeof(T));
 }
-// Calls f(vector index start, lanes) over n elements; the last call may have fewer lanes.
 template <class T> INLINE vf load_upto(const T *p, int64_t n) { return n >= LANES ? load(p) : load_some(p, n); }
 template <class T> INLINE void store_upto(T *p, vf x, int64_t n) {
     if (n >= LANES) store(p, x);
@@ -132,6 +155,7 @@ template <class T> INLINE void store_upto(T *p, vf x, int64_t n) {
 }
 // A value rounded to T and back.
 INLINE vf rounded(vf x, const float *) { return x; }
+INLINE vf rounded(vf x, const bf16 *) { return as<vf>(bf16_bits(x) & 0xffff0000); }
 template <class T> INLINE vf rounded(vf x, const T *) {
     T buffer[LANES];
     store(buffer, x);

@@ -2,5 +2,6 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #define VARIANT avx2
 #define LANES 8
+#define HAS_AVX2 1
 #include "variant.inc"
 #endif

@@ -3,5 +3,7 @@
 #define VARIANT avx512bf16
 #define LANES 16
 #define DOT_BF16 1
+#define HAS_AVX512 1
+#define HAS_AVX512BF16 1
 #include "variant.inc"
 #endif

@@ -4,5 +4,6 @@
 #define VARIANT emulated
 #define LANES 16
 #define DOT_BF16 1
+#define HAS_AVX2 1
 #include "variant.inc"
 #endif
