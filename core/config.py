@@ -100,6 +100,7 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and cache")
     device: str = Field("auto", description="cpu, cuda, or auto")
     load_format: Literal["auto", "safetensors", "gguf", "pt", "dummy"] = Field("auto", description="checkpoint format")
+    quantization: str | None = Field(None, description="how to quantise weights at load, such as int8")
     seed: int = Field(0, description="seed of requests that bring none")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt plus output, in tokens")
     max_num_seqs: int | None = Field(None, gt=0, description="most requests in one step; 256 or fewer when not given")

@@ -7,7 +7,7 @@ Hooks run while an engine is being built, never inside a step. An implementation
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from modelport.inputs.tokenizer import Tokenizer
+    from modelport.kernels.linear import PackedWeight
     from modelport.plugin import Architecture, Checkpoint, ModelInfo
 
 hookspec = pluggy.HookspecMarker("modelport")
@@ -84,6 +85,19 @@ def open_weights(checkpoint: Checkpoint, config: dict) -> Iterable[tuple[str, Te
     :param config: the configuration, as `read_config` gave it.
     :return: an iterable of `(name, tensor)` that yields one tensor at a time (the loader copies it before it asks
         for the next), or None for "not mine"; when no plugin answers, `*.safetensors` files are read.
+
+    First result. Runs in: every worker.
+    """
+    return None
+
+
+@hookspec(firstresult=True)
+def quantization(name: str) -> Callable[[Tensor], PackedWeight] | None:
+    """Return what quantises a weight, for a method that the user named.
+
+    :param name: the engine's `quantization` setting.
+    :return: a function from a weight (out_features, in_features) to the packed form that every linear layer, head and
+        shared embedding then keeps instead, or None when this plugin does not know the method.
 
     First result. Runs in: every worker.
     """

@@ -1,6 +1,5 @@
 """Activation functions, alone and as the gate of a gated feed-forward layer, computed in float32."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -60,15 +59,10 @@ def gated_reference(x: Tensor, act: str) -> Tensor:
 def activate(x: Tensor, act: str) -> Tensor:
     """act(x) for x of any shape, in x.dtype."""
     code, _ = _kind(act)
-    if cpu.lib is not None and x.is_cpu and x.dtype in cpu.FLOATS and x.is_contiguous():
+    if cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
-        count = x.numel()
-        # one long row is cut into several, so that every thread gets some
-        width = x.shape[-1] if x.dim() > 1 else math.gcd(count, 1 << 12)
-        cpu.lib.activate(
-            x.data_ptr(), count // max(width, 1), width, width, out.data_ptr(), cpu.CODES[x.dtype], code, cpu.threads()
-        )
-        return out
+        if cpu.lib.activate(x, out, code, cpu.threads()):
+            return out
     return activate_reference(x, act)
 
 
@@ -77,11 +71,8 @@ def gated(x: Tensor, act: str) -> Tensor:
     code, _ = _kind(act)
     if x.shape[-1] % 2:
         raise ValueError(f"gated: last dimension of x {tuple(x.shape)} must be even: [gate | up]")
-    if cpu.lib is not None and x.dim() == 2 and x.is_cpu and x.dtype in cpu.FLOATS and x.stride(1) == 1:
-        tokens, double = x.shape
-        out = torch.empty((tokens, double // 2), dtype=x.dtype)
-        cpu.lib.gated(
-            x.data_ptr(), tokens, double // 2, x.stride(0), out.data_ptr(), cpu.CODES[x.dtype], code, cpu.threads()
-        )
-        return out
+    if cpu.lib is not None and x.dim() == 2:
+        out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype)
+        if cpu.lib.gated(x, out, code, cpu.threads()):
+            return out
     return gated_reference(x, act)

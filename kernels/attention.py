@@ -85,19 +85,6 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, que
             raise ValueError(f"paged_attention: {name} {tuple(extra.shape)} must be ({q.shape[1]},)")
 
 
-def _fits(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, seq_lens: Tensor) -> bool:
-    return (
-        cpu.lib is not None
-        and q.dtype in cpu.FLOATS
-        and q.dtype == k_cache.dtype == v_cache.dtype
-        and q.is_cpu and k_cache.is_cpu and v_cache.is_cpu
-        and q.stride(2) == 1 and k_cache.stride(3) == 1 and v_cache.stride(3) == 1
-        and block_table.dtype == query_starts.dtype == seq_lens.dtype == torch.int32
-        and block_table.is_cpu and query_starts.is_cpu and seq_lens.is_cpu
-        and block_table.stride(1) == 1 and query_starts.is_contiguous() and seq_lens.is_contiguous()
-    )  # fmt: skip
-
-
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, seq_lens: Tensor,
     scale: float, *, window: int = 0, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
@@ -109,29 +96,18 @@ def paged_attention(
     block_table: (seqs, max_blocks) int32; entries past a sequence's last block are never read as data.
     query_starts: (seqs + 1,) int32, where each sequence's rows begin in q; seq_lens: (seqs,) int32, keys after this step.
     window > 0 keeps keys closer than `window` positions; softcap > 0 bends scores to softcap * tanh(score / softcap);
-    alibi_slopes: (heads,) adds slope * (key position - query position); sinks: (heads,) is one more logit that takes
+    alibi_slopes: (heads,) float32 adds slope * (key position - query position); sinks: (heads,) float32 is one more logit that takes
     probability and gives nothing. Sums are float32. Rows after query_starts[-1] are zero.
     """
+    if cpu.lib is not None and q.dim() == 3:
+        out = torch.empty((q.shape[0], q.shape[1], v_cache.shape[-1]), dtype=q.dtype)
+        if cpu.lib.paged_attention(
+            q, k_cache, v_cache, block_table, query_starts, seq_lens, alibi_slopes, sinks, out, scale, window, softcap,
+            cpu.threads(),
+        ):  # fmt: skip
+            return out
     _check(q, k_cache, v_cache, block_table, query_starts, seq_lens, alibi_slopes, sinks)
-    if not _fits(q, k_cache, v_cache, block_table, query_starts, seq_lens):
-        return paged_attention_reference(
-            q, k_cache, v_cache, block_table, query_starts, seq_lens, scale, window=window, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, max_query_len=max_query_len,
-        )  # fmt: skip
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.to("cpu", torch.float32).contiguous()
-    if sinks is not None:
-        sinks = sinks.to("cpu", torch.float32).contiguous()
-    tokens, heads, head_dim = q.shape
-    blocks, kv_heads, block_size, v_dim = v_cache.shape
-    out = torch.empty((tokens, heads, v_dim), dtype=q.dtype)
-    cpu.lib.paged_attention(
-        q.data_ptr(), q.stride(0), q.stride(1), tokens, heads, head_dim,
-        k_cache.data_ptr(), *k_cache.stride()[:3], v_cache.data_ptr(), *v_cache.stride()[:3],
-        blocks, kv_heads, block_size, v_dim,
-        block_table.data_ptr(), block_table.stride(0), block_table.shape[1],
-        query_starts.data_ptr(), seq_lens.data_ptr(), seq_lens.shape[0],
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
-        out.data_ptr(), cpu.CODES[q.dtype], int(window), float(scale), float(softcap), cpu.threads(),
+    return paged_attention_reference(
+        q, k_cache, v_cache, block_table, query_starts, seq_lens, scale, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, max_query_len=max_query_len,
     )  # fmt: skip
-    return out

@@ -3,7 +3,6 @@
 caches: (num_blocks, kv_heads, block_size, head_dim); a slot is block * block_size + offset; slot -1 writes nothing.
 """
 
-import torch
 from torch import Tensor
 
 from modelport.kernels import cpu, rope
@@ -42,34 +41,15 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
                          f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} disagree")  # fmt: skip
 
 
-def _fits(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> bool:
-    return (
-        cpu.lib is not None
-        and k.dtype in cpu.FLOATS
-        and k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
-        and k.is_cpu and v.is_cpu and k_cache.is_cpu and v_cache.is_cpu and slots.is_cpu
-        and k.stride(2) == 1 and v.stride(2) == 1 and k_cache.stride(3) == 1 and v_cache.stride(3) == 1
-        and slots.dtype == torch.int64
-        and slots.is_contiguous()
-    )  # fmt: skip
-
-
 def write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Copy k, v: (tokens, kv_heads, head_dim) into their slots: (tokens,) int64 of the caches.
 
     k and v may be strided views of a fused projection; their head_dims may differ.
     """
+    if cpu.lib is not None and cpu.lib.write(k, v, k_cache, v_cache, slots, cpu.threads()):
+        return
     _check(k, v, k_cache, v_cache, slots)
-    if _fits(k, v, k_cache, v_cache, slots):
-        cpu.lib.rope_write(
-            0, 0, 0, 0,
-            k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1),
-            k.shape[0], k.shape[1], k.shape[2], v.shape[2], 0, 0, 0, 0, 0,
-            k_cache.data_ptr(), *k_cache.stride()[:3], v_cache.data_ptr(), *v_cache.stride()[:3],
-            k_cache.shape[0], k_cache.shape[2], slots.data_ptr(), cpu.CODES[k.dtype], cpu.threads(),
-        )  # fmt: skip
-    else:
-        write_reference(k, v, k_cache, v_cache, slots)
+    write_reference(k, v, k_cache, v_cache, slots)
 
 
 def rope_write(
@@ -80,17 +60,11 @@ def rope_write(
 
     Arguments as in `rope.rotate_` and `write`; one pass over the three.
     """
+    if cpu.lib is not None and cpu.lib.rope_write(
+        q, k, v, positions, cos_sin, interleaved, k_cache, v_cache, slots, cpu.threads()
+    ):
+        return
     rope.check_rotation(q, positions, cos_sin)
     rope.check_rotation(k, positions, cos_sin)
     _check(k, v, k_cache, v_cache, slots)
-    if rope.kernel_fits(q, positions, cos_sin) and q.dtype == k.dtype and _fits(k, v, k_cache, v_cache, slots):
-        cpu.lib.rope_write(
-            q.data_ptr(), q.stride(0), q.stride(1), q.shape[1],
-            k.data_ptr(), k.stride(0), k.stride(1), v.data_ptr(), v.stride(0), v.stride(1),
-            k.shape[0], k.shape[1], k.shape[2], v.shape[2],
-            positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[0], cos_sin.shape[1], int(interleaved),
-            k_cache.data_ptr(), *k_cache.stride()[:3], v_cache.data_ptr(), *v_cache.stride()[:3],
-            k_cache.shape[0], k_cache.shape[2], slots.data_ptr(), cpu.CODES[k.dtype], cpu.threads(),
-        )  # fmt: skip
-    else:
-        rope_write_reference(q, k, v, positions, cos_sin, interleaved, k_cache, v_cache, slots)
+    rope_write_reference(q, k, v, positions, cos_sin, interleaved, k_cache, v_cache, slots)

@@ -105,6 +105,10 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual
 
     x: (tokens, in) in the weight's dtype (float32, bfloat16 or float16 for int8); bias: (out,); residual: (tokens, out).
     """
+    if cpu.lib is not None and packed.blocked and x.dim() == 2 and x.shape[1] == packed.in_features:
+        out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)
+        if cpu.lib.linear(x, packed.data, packed.scales, bias, residual, out, cpu.threads()):
+            return out
     if x.dim() != 2 or x.shape[1] != packed.in_features:
         raise ValueError(f"linear: x {tuple(x.shape)} must be (tokens, {packed.in_features})")
     if packed.scales is None and x.dtype != packed.dtype:
@@ -114,22 +118,4 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual
         raise ValueError(f"linear: bias {tuple(bias.shape)} must be ({out_features},)")
     if residual is not None and residual.shape != (tokens, out_features):
         raise ValueError(f"linear: residual {tuple(residual.shape)} must be ({tokens}, {out_features})")
-    if (
-        cpu.lib is None
-        or not packed.blocked
-        or x.dtype not in cpu.FLOATS
-        or not x.is_cpu
-        or x.stride(1) != 1
-        or (bias is not None and not (bias.dtype == x.dtype and bias.is_cpu and bias.is_contiguous()))
-        or (residual is not None and not (residual.dtype == x.dtype and residual.is_cpu and residual.stride(1) == 1))
-    ):
-        return linear_reference(x, packed, bias, residual)
-    out = torch.empty((tokens, out_features), dtype=x.dtype)
-    if tokens:
-        cpu.lib.linear(
-            x.data_ptr(), x.stride(0), tokens, packed.in_features, out_features, packed.data.data_ptr(),
-            cpu.CODES[packed.dtype], 0 if packed.scales is None else packed.scales.data_ptr(),
-            0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
-            0 if residual is None else residual.stride(0), out.data_ptr(), cpu.CODES[x.dtype], cpu.threads(),
-        )  # fmt: skip
-    return out
+    return linear_reference(x, packed, bias, residual)

@@ -26,62 +26,27 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
     return (normed if bias is None else normed + bias.float()).to(x.dtype)
 
 
-def _rows(x: Tensor) -> tuple[int, int, int, int] | None:
-    """(outer, inner, outer stride, inner stride) of the rows of x, or None where two strides cannot say it."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        return None
-    if x.dim() == 2:
-        return 1, x.shape[0], 0, x.stride(0)
-    if x.dim() == 3:
-        return x.shape[0], x.shape[1], x.stride(0), x.stride(1)
-    if x.is_contiguous():
-        return 1, x.numel() // max(x.shape[-1], 1), 0, x.shape[-1]
-    return None
-
-
-def _usable(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.is_cpu
-        and x.dtype in cpu.FLOATS
-        and weight.dtype in cpu.FLOATS
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and x.dim() > 0
-    )
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm of x: (..., hidden) times (offset + weight: (hidden,)), in x.dtype.
 
     With offset 0 the normalised value is rounded to x.dtype before the weight multiplies it, as Llama does; with an
     offset (1.0 is Gemma) everything is float32 until the end.
     """
+    if cpu.lib is not None:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        if cpu.lib.rms_norm(x, weight, out, eps, offset, cpu.threads()):
+            return out
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    if cpu.lib is not None and _usable(x, weight) and (rows := _rows(x)) is not None:
-        out = torch.empty(x.shape, dtype=x.dtype)
-        cpu.lib.rms_norm(
-            x.data_ptr(), *rows, x.shape[-1], weight.data_ptr(), cpu.CODES[weight.dtype],
-            out.data_ptr(), cpu.CODES[x.dtype], float(eps), float(offset), cpu.threads(),
-        )  # fmt: skip
-        return out
     return rms_norm_reference(x, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of x: (..., hidden) with weight and optional bias: (hidden,), in x.dtype."""
+    if cpu.lib is not None:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        if cpu.lib.layer_norm(x, weight, bias, out, eps, cpu.threads()):
+            return out
     if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
         raise ValueError(f"layer_norm: weight {tuple(weight.shape)} or its bias does not fit x {tuple(x.shape)}")
-    if (
-        cpu.lib is not None
-        and _usable(x, weight)
-        and (bias is None or (bias.is_cpu and bias.dtype == weight.dtype and bias.is_contiguous()))
-        and (rows := _rows(x)) is not None
-    ):
-        out = torch.empty(x.shape, dtype=x.dtype)
-        cpu.lib.layer_norm(
-            x.data_ptr(), *rows, x.shape[-1], weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            cpu.CODES[weight.dtype], out.data_ptr(), cpu.CODES[x.dtype], float(eps), cpu.threads(),
-        )  # fmt: skip
-        return out
     return layer_norm_reference(x, weight, bias, eps)

@@ -32,33 +32,13 @@ def check_rotation(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
                          f"and at most head_dim {x.shape[2]}")  # fmt: skip
 
 
-def kernel_fits(x: Tensor, positions: Tensor, cos_sin: Tensor) -> bool:
-    """Whether the C kernel takes these dtypes and strides."""
-    return (
-        cpu.lib is not None
-        and x.is_cpu
-        and x.dtype in cpu.FLOATS
-        and x.stride(2) == 1
-        and positions.dtype == torch.int64
-        and positions.is_contiguous()
-        and cos_sin.dtype == torch.float32
-        and cos_sin.is_contiguous()
-        and positions.is_cpu
-        and cos_sin.is_cpu
-    )
-
-
 def rotate_(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
     """Rotate x: (tokens, heads, head_dim) in place by the angles of positions: (tokens,) int64.
 
     cos_sin: (max_position, rotary_dim) float32 = [cos | sin], each rotary_dim / 2 wide; dimensions past rotary_dim stay.
     Pairs are (i, i + rotary_dim / 2), or neighbours when interleaved. x may be a strided view of a fused projection.
     """
+    if cpu.lib is not None and cpu.lib.rotate(x, positions, cos_sin, interleaved, cpu.threads()):
+        return
     check_rotation(x, positions, cos_sin)
-    if kernel_fits(x, positions, cos_sin):
-        cpu.lib.rotate(
-            x.data_ptr(), *x.shape, x.stride(0), x.stride(1), positions.data_ptr(), cos_sin.data_ptr(),
-            *cos_sin.shape, int(interleaved), cpu.CODES[x.dtype], cpu.threads(),
-        )  # fmt: skip
-    else:
-        rotate_reference(x, positions, cos_sin, interleaved)
+    rotate_reference(x, positions, cos_sin, interleaved)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     findings = []
     for finding in _findings(args):
-        print(f"{'!!' if finding.problem else 'ok'}  {finding.topic:<14}  {finding.text}", flush=True)
+        print(f"{'!!' if finding.problem else 'ok'}  {finding.topic:<15}  {finding.text}", flush=True)
         findings.append(finding)
     problems = sum(finding.problem for finding in findings)
     print(f"\n{problems or 'no'} problem{'' if problems == 1 else 's'} found")
@@ -49,15 +49,22 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     yield Finding(
         "python", f"{platform.python_version()} on {platform.system()} {platform.machine()} ({sys.executable})"
     )
-    yield from _requirements()
     try:
+        yield from _requirements()
         import torch
+    except ImportError as error:
+        yield Finding("imports", f"{error}; install modelport again, with what it requires", problem=True)
+        return  # nothing that follows works without them
     except Exception as error:  # a broken shared library raises OSError, a half-installed package anything
-        yield Finding("devices", f"torch cannot be imported: {error}", problem=True)
-        return  # nothing that follows works without it
+        yield Finding("torch", f"cannot be imported: {error}", problem=True)
+        return
     yield from _devices(torch)
     yield from _cpu_kernels()
-    plugins = load_chosen(args)
+    try:
+        plugins = load_chosen(args)
+    except ImportError as error:  # of a package that the core itself needs; those of plugins are in their records
+        yield Finding("imports", f"{error}; install modelport again, with what it requires", problem=True)
+        return
     yield from _plugins(plugins)
     yield _default_model(plugins)
 

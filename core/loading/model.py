@@ -9,6 +9,8 @@ from torch import nn
 from modelport.config import EngineConfig, TextConfig
 from modelport.loading.checkpoint import open_weights
 from modelport.loading.loader import WeightsError, fill_random, load_weights
+from modelport.modeling.embedding import Embedding, LMHead
+from modelport.modeling.linear import Linear
 from modelport.plugin import Architecture, Checkpoint, ModelInfo, Plugins
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +67,8 @@ def build(about: Description, plugins: Plugins, engine: EngineConfig, max_model_
         model = about.architecture.model_class()(about.config)
         info = ModelInfo(about.architecture, about.config, engine, about.checkpoint)
         plugins.hook.transform_model(model=model, info=info)
+    if engine.quantization is not None:
+        _quantise(model, engine.quantization, plugins)
     if engine.load_format == "dummy":
         fill_random(model, about.dtype, about.device, engine.seed)
     else:
@@ -81,6 +85,15 @@ def build(about: Description, plugins: Plugins, engine: EngineConfig, max_model_
             "compute tables in a `build_tables(device, max_len)` method"
         )
     return model.eval()
+
+
+def _quantise(model: nn.Module, name: str, plugins: Plugins) -> None:
+    packer = plugins.hook.quantization(name=name)
+    if packer is None:
+        raise ValueError(f"quantization={name!r}: no plugin knows this method; 'int8' is built in")
+    for module in model.modules():
+        if isinstance(module, Linear | LMHead | Embedding):
+            module.packer = packer
 
 
 def _shown(weights, progress: bool):

@@ -19,16 +19,20 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_embeddings, size), requires_grad=False)
         self.is_shared = False
         self.packed: kernel.PackedWeight | None = None
+        self.packer = kernel.pack
 
     def pack(self) -> None:
         """Swap the loaded weight for its packed form, when a head shares it; called once by the core."""
         if self.is_shared:
-            self.packed = kernel.pack(self.weight.data)
+            self.dtype, self.packed = self.weight.dtype, self.packer(self.weight.data)
             self.weight = None
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (tokens,) int64 -> (tokens, size)."""
-        rows = nn.functional.embedding(token_ids, self.weight) if self.packed is None else self.packed.rows(token_ids)
+        if self.packed is None:
+            rows = nn.functional.embedding(token_ids, self.weight)
+        else:
+            rows = self.packed.rows(token_ids).to(self.dtype)
         # The factor is rounded to the weights' type first, as published implementations do.
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
@@ -67,6 +71,7 @@ class LMHead(nn.Module):
         self.weight = None if tied is not None else nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(vocab_size), requires_grad=False) if bias else None
         self.packed: kernel.PackedWeight | None = None
+        self.packer = kernel.pack
 
     @property
     def is_tied(self) -> bool:
@@ -75,7 +80,7 @@ class LMHead(nn.Module):
     def pack(self) -> None:
         """Swap the loaded weight for its packed form; called once by the core."""
         if not self.is_tied:
-            self.packed = kernel.pack(self.weight.data)
+            self.packed = self.packer(self.weight.data)
             self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:

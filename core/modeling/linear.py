@@ -17,6 +17,7 @@ class Linear(nn.Module):
     """`x @ weight.T + bias + residual`; weight: (out_features, in_features).
 
     :ivar parts: names and rows of the checkpoint tensors that lie stacked in `weight`; empty when it is one tensor.
+    :ivar packer: makes the packed form of the loaded weight; quantisation sets another one.
     """
 
     def __init__(
@@ -27,10 +28,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.packed: kernel.PackedWeight | None = None
+        self.packer = kernel.pack
 
     def pack(self) -> None:
         """Swap the loaded weight for its packed form; called once by the core."""
-        self.packed = kernel.pack(self.weight.data)
+        self.packed = self.packer(self.weight.data)
         self.weight = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -4,6 +4,8 @@ For packaging: one optional extension, ``modelport.kernels.cpu._lib``, from `SOU
 ``build.py`` beside this file, which imports nothing of modelport), language c++, limited API of Python 3.10.
 It is compiled with OpenMP but not linked to it: before it is loaded, torch's own OpenMP library is made visible to it, so
 that both share one pool of threads. Two pools, each spinning while the other works, make small machines crawl.
+Tensors are read through the DLPack exchange table of torch (2.10 and later), so that a call costs little more than Python's
+own overhead. A function of the library answers False where it does not take its arguments.
 
 ``MODELPORT_CPU_KERNELS=0`` chooses the torch references. Kernels know nothing of autograd.
 """
@@ -17,8 +19,7 @@ from types import ModuleType
 
 import torch
 
-CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))  # what the kernels compute with
 
 # Asked at every call: torch also hands its setting to a thread that is new to it on this occasion.
 threads = torch.get_num_threads
@@ -42,9 +43,11 @@ def _load() -> ModuleType | None:
         return None
     _share_openmp()
     try:
-        return importlib.import_module("modelport.kernels.cpu._lib")
-    except ImportError:  # never built, or built against something this machine lacks
+        found = importlib.import_module("modelport.kernels.cpu._lib")
+        found.use(torch.Tensor, torch.nn.Parameter)
+    except (ImportError, AttributeError):  # never built, or built against something this machine or torch lacks
         return None
+    return found
 
 
 lib = _load()

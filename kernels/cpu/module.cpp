@@ -1,5 +1,6 @@
-// The Python face: each function takes plain integers and floats positionally (METH_FASTCALL, well under a microsecond a
-// call), checks every index that comes from tensor data, and calls the variant chosen for this machine.
+// The Python face. Each function takes tensors and numbers positionally, answers False where the kernels do not take them
+// (another device, dtype or stride, shapes that disagree), checks every index that comes from tensor data (ValueError),
+// and calls the variant chosen for this machine. Checks in Python would cost ten times as much as a small kernel.
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -50,27 +51,100 @@ static int variants(Variant (&list)[8]) {
     return n;
 }
 
-// Reads the arguments of a call in order; errors show at the end.
+// ---- tensors, read through torch's DLPack exchange table: no torch headers, some ten nanoseconds each
+
+struct DLTensor {
+    void *data;
+    int32_t device_type, device_id, dims;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+struct Exchange {
+    uint32_t major, minor;
+    void *previous, *allocate, *from_object, *to_object;
+    int (*view)(void *object, DLTensor *out);  // borrowed: valid while the object lives
+};
+static const Exchange *exchange;
+static PyObject *tensor_type, *parameter_type;
+
+enum { INT32 = 10, INT64 = 11, OTHER = 99 };
+
+struct Tensor {
+    char *data = nullptr;
+    int dims = 0, dtype = OTHER;
+    const int64_t *n = nullptr, *stride = nullptr;  // sizes and strides
+
+    bool contiguous() const {
+        int64_t expected = 1;
+        for (int i = dims - 1; i >= 0; expected *= n[i--])
+            if (n[i] != 1 && stride[i] != expected) return false;
+        return true;
+    }
+    int64_t count() const {
+        int64_t c = 1;
+        for (int i = 0; i < dims; ++i) c *= n[i];
+        return c;
+    }
+    bool floating() const { return dtype <= FLOAT16; }
+    // Its last dimension is dense, so that rows can be read as they are.
+    bool rows(int dimensions) const { return dims == dimensions && (stride[dims - 1] == 1 || n[dims - 1] <= 1); }
+    bool list(int type, int64_t length) const { return dims == 1 && dtype == type && n[0] == length && contiguous(); }
+};
+
+// Reads the arguments of a call in order. `good` turns false where one is not what the kernels take: the caller then
+// hears False and uses the torch reference, which also says what is wrong.
 struct Reader {
     PyObject *const *args;
     Py_ssize_t count, at = 0;
+    bool good = true;
+
     PyObject *next() { return at < count ? args[at++] : (++at, nullptr); }
     int64_t i() {
         PyObject *o = next();
         return o ? PyLong_AsLongLong(o) : 0;
     }
-    void *p() { return (void *)(intptr_t)i(); }
     double f() {
         PyObject *o = next();
         return o ? PyFloat_AsDouble(o) : 0;
     }
-    bool ok() {
+    Tensor t() {
+        Tensor t;
+        PyObject *o = next();
+        PyObject *type = o ? (PyObject *)Py_TYPE(o) : nullptr;
+        DLTensor view;
+        if (!exchange || (type != tensor_type && type != parameter_type)) good = false;
+        else if (exchange->view(o, &view)) PyErr_Clear(), good = false;
+        else if (view.device_type != 1 || view.lanes != 1 || !view.strides) good = false;
+        else {
+            t.data = (char *)view.data + view.byte_offset, t.dims = view.dims, t.n = view.shape, t.stride = view.strides;
+            int kind = view.code << 8 | view.bits;  // codes: 0 signed, 2 float, 4 bfloat
+            t.dtype = kind == (2 << 8 | 32) ? (int)FLOAT32 : kind == (4 << 8 | 16) ? (int)BFLOAT16
+                    : kind == (2 << 8 | 16) ? (int)FLOAT16 : kind == 8 ? (int)INT8
+                    : kind == 32 ? (int)INT32 : kind == 64 ? (int)INT64 : (int)OTHER;
+        }
+        return t;
+    }
+    Tensor maybe() {  // None leaves data null
+        if (at < count && args[at] == Py_None) return ++at, Tensor();
+        return t();
+    }
+    bool ok() {  // false: an error is set
         if (PyErr_Occurred()) return false;
         if (at == count) return true;
         PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", at, count);
         return false;
     }
 };
+
+static PyObject *answer(bool done) {
+    PyObject *o = done ? Py_True : Py_False;
+    Py_INCREF(o);
+    return o;
+}
+#define REQUIRE(condition) \
+    if (!(condition)) return answer(false)
 
 // Lets other Python threads run during `work` multiplications, when that is long enough to be worth it.
 template <class F> static PyObject *release(double work, F f) {
@@ -79,50 +153,93 @@ template <class F> static PyObject *release(double work, F f) {
         f();
         PyEval_RestoreThread(state);
     } else f();
-    Py_INCREF(Py_None);
-    return Py_None;
+    return answer(true);
 }
 
 static PyObject *refuse(const char *message, int64_t value, int64_t limit) {
     return PyErr_Format(PyExc_ValueError, message, (long long)value, (long long)limit);
 }
 
-static void read_rows(Reader &r, Rows &a) {
-    a.x = r.p(), a.outer = r.i(), a.inner = r.i(), a.outer_stride = r.i(), a.inner_stride = r.i(), a.width = r.i();
+// use(torch.Tensor, torch.nn.Parameter): where tensors come from. Subclasses are left to torch.
+static PyObject *use(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    PyObject *capsule = PyObject_GetAttrString(args[0], "__dlpack_c_exchange_api__");
+    if (!capsule) return nullptr;
+    const Exchange *found = (const Exchange *)PyCapsule_GetPointer(capsule, "dlpack_exchange_api");  // lives as long as torch
+    Py_DECREF(capsule);
+    if (!found) return nullptr;
+    if (found->major != 1) return PyErr_Format(PyExc_ImportError, "unknown DLPack version %u", found->major);
+    exchange = found;
+    Py_INCREF(args[0]), Py_INCREF(args[1]);
+    tensor_type = args[0], parameter_type = args[1];
+    Py_RETURN_NONE;
 }
+
+// ---- the operations: f(inputs..., out, settings..., threads) -> whether it was done
+
+static bool row_layout(const Tensor &x, const Tensor &out, Rows &a) {
+    if (x.dims < 1 || !x.floating() || x.dtype != out.dtype || !out.contiguous() || x.dims != out.dims) return false;
+    for (int i = 0; i < x.dims; ++i)
+        if (x.n[i] != out.n[i]) return false;
+    a.x = x.data, a.out = out.data, a.dtype = x.dtype, a.width = x.n[x.dims - 1];
+    if (a.width < 1) return false;
+    if (x.rows(2)) a.outer = 1, a.inner = x.n[0], a.inner_stride = x.stride[0];
+    else if (x.rows(3)) a.outer = x.n[0], a.inner = x.n[1], a.outer_stride = x.stride[0], a.inner_stride = x.stride[1];
+    else if (x.contiguous()) a.outer = 1, a.inner = x.count() / a.width, a.inner_stride = a.width;
+    else return false;
+    return true;
+}
+static double size(const Rows &a) { return (double)a.outer * a.inner * a.width; }
 
 static PyObject *rms_norm(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     Norm a{};
-    read_rows(r, a.rows);
-    a.weight = r.p(), a.weight_dtype = (int)r.i(), a.rows.out = r.p(), a.rows.dtype = (int)r.i();
+    Tensor x = r.t(), weight = r.t(), out = r.t();
     a.eps = (float)r.f(), a.offset = (float)r.f(), a.rows.threads = (int)r.i();
     if (!r.ok()) return nullptr;
-    return release((double)a.rows.outer * a.rows.inner * a.rows.width, [&] { chosen->rms_norm(a); });
+    REQUIRE(r.good && row_layout(x, out, a.rows) && weight.floating() && weight.list(weight.dtype, a.rows.width));
+    a.weight = weight.data, a.weight_dtype = weight.dtype;
+    return release(size(a.rows), [&] { chosen->rms_norm(a); });
 }
 
 static PyObject *layer_norm(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     Norm a{};
-    read_rows(r, a.rows);
-    a.weight = r.p(), a.bias = r.p(), a.weight_dtype = (int)r.i(), a.rows.out = r.p(), a.rows.dtype = (int)r.i();
+    Tensor x = r.t(), weight = r.t(), bias = r.maybe(), out = r.t();
     a.eps = (float)r.f(), a.rows.threads = (int)r.i();
     if (!r.ok()) return nullptr;
-    return release((double)a.rows.outer * a.rows.inner * a.rows.width, [&] { chosen->layer_norm(a); });
+    REQUIRE(r.good && row_layout(x, out, a.rows) && weight.floating() && weight.list(weight.dtype, a.rows.width));
+    REQUIRE(!bias.data || bias.list(weight.dtype, a.rows.width));
+    a.weight = weight.data, a.bias = bias.data, a.weight_dtype = weight.dtype;
+    return release(size(a.rows), [&] { chosen->layer_norm(a); });
 }
 
-static PyObject *act(PyObject *const *args, Py_ssize_t count, bool gated) {
+static PyObject *activate(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     Rows a{};
-    a.x = r.p(), a.outer = 1, a.inner = r.i(), a.width = r.i(), a.inner_stride = r.i(), a.out = r.p();
-    a.dtype = (int)r.i();
+    Tensor x = r.t(), out = r.t();
     int kind = (int)r.i();
     a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
-    return release((double)a.inner * a.width * 4, [&] { (gated ? chosen->gated : chosen->activate)(a, kind); });
+    REQUIRE(r.good && x.dims > 0 && x.contiguous() && row_layout(x, out, a));
+    if (a.inner == 1)  // one long row is cut, so that every thread gets some
+        for (; a.width % 2 == 0 && a.width > 4096; a.width /= 2, a.inner_stride /= 2) a.inner *= 2;
+    return release(size(a) * 4, [&] { chosen->activate(a, kind); });
 }
-static PyObject *activate(PyObject *, PyObject *const *args, Py_ssize_t count) { return act(args, count, false); }
-static PyObject *gated(PyObject *, PyObject *const *args, Py_ssize_t count) { return act(args, count, true); }
+
+static PyObject *gated(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    Rows a{};
+    Tensor x = r.t(), out = r.t();
+    int kind = (int)r.i();
+    a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && x.dtype == out.dtype && out.dims == 2 && out.contiguous());
+    REQUIRE(x.n[0] == out.n[0] && x.n[1] == 2 * out.n[1]);
+    a.x = x.data, a.out = out.data, a.outer = 1, a.inner = x.n[0], a.inner_stride = x.stride[0], a.width = out.n[1];
+    a.dtype = x.dtype;
+    return release(size(a) * 4, [&] { chosen->gated(a, kind); });
+}
 
 static PyObject *run_rope_write(RopeWrite &a) {
     if (a.cos_sin)
@@ -136,43 +253,86 @@ static PyObject *run_rope_write(RopeWrite &a) {
     return release((double)a.tokens * (a.heads + 2 * a.kv_heads) * a.k_dim, [&] { chosen->rope_write(a); });
 }
 
+// q: what is rotated; also checks the tables.
+static bool set_rotation(RopeWrite &a, const Tensor &q, const Tensor &positions, const Tensor &table) {
+    if (!q.rows(3) || !q.floating() || !positions.list(INT64, q.n[0]) || table.dims != 2 || table.dtype != FLOAT32 ||
+        !table.contiguous() || table.n[1] > q.n[2] || table.n[1] % 2)
+        return false;
+    a.q = q.data, a.tokens = q.n[0], a.heads = q.n[1], a.k_dim = q.n[2], a.q_token = q.stride[0], a.q_head = q.stride[1];
+    a.positions = (const int64_t *)positions.data, a.cos_sin = (const float *)table.data;
+    a.max_position = table.n[0], a.rotary = table.n[1], a.dtype = q.dtype;
+    return true;
+}
+static bool set_write(RopeWrite &a, const Tensor &k, const Tensor &v, const Tensor &kc, const Tensor &vc, const Tensor &slots) {
+    if (!k.rows(3) || !v.rows(3) || !kc.rows(4) || !vc.rows(4) || !k.floating() || k.dtype != v.dtype ||
+        k.dtype != kc.dtype || k.dtype != vc.dtype || !slots.list(INT64, k.n[0]) || v.n[0] != k.n[0])
+        return false;
+    if (kc.n[0] != vc.n[0] || kc.n[1] != k.n[1] || vc.n[1] != k.n[1] || v.n[1] != k.n[1] || kc.n[2] != vc.n[2] ||
+        kc.n[3] != k.n[2] || vc.n[3] != v.n[2] || kc.n[2] < 1)
+        return false;
+    a.k = k.data, a.k_token = k.stride[0], a.k_head = k.stride[1], a.v = v.data, a.v_token = v.stride[0];
+    a.v_head = v.stride[1], a.tokens = k.n[0], a.kv_heads = k.n[1], a.k_dim = k.n[2], a.v_dim = v.n[2];
+    a.k_cache = kc.data, a.k_block = kc.stride[0], a.k_cache_head = kc.stride[1], a.k_slot = kc.stride[2];
+    a.v_cache = vc.data, a.v_block = vc.stride[0], a.v_cache_head = vc.stride[1], a.v_slot = vc.stride[2];
+    a.blocks = kc.n[0], a.block_size = kc.n[2], a.slots = (const int64_t *)slots.data, a.dtype = k.dtype;
+    return true;
+}
+
 static PyObject *rotate(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     RopeWrite a{};
-    a.q = r.p(), a.tokens = r.i(), a.heads = r.i(), a.k_dim = r.i(), a.q_token = r.i(), a.q_head = r.i();
-    a.positions = (const int64_t *)r.p(), a.cos_sin = (const float *)r.p(), a.max_position = r.i(), a.rotary = r.i();
-    a.interleaved = r.i(), a.dtype = (int)r.i(), a.threads = (int)r.i();
+    Tensor x = r.t(), positions = r.t(), table = r.t();
+    a.interleaved = r.i(), a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
+    REQUIRE(r.good && set_rotation(a, x, positions, table));
+    return run_rope_write(a);
+}
+
+static PyObject *write(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    RopeWrite a{};
+    Tensor k = r.t(), v = r.t(), k_cache = r.t(), v_cache = r.t(), slots = r.t();
+    a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && set_write(a, k, v, k_cache, v_cache, slots));
     return run_rope_write(a);
 }
 
 static PyObject *rope_write(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     RopeWrite a{};
-    a.q = r.p(), a.q_token = r.i(), a.q_head = r.i(), a.heads = r.i();
-    a.k = r.p(), a.k_token = r.i(), a.k_head = r.i(), a.v = r.p(), a.v_token = r.i(), a.v_head = r.i();
-    a.tokens = r.i(), a.kv_heads = r.i(), a.k_dim = r.i(), a.v_dim = r.i();
-    a.positions = (const int64_t *)r.p(), a.cos_sin = (const float *)r.p(), a.max_position = r.i(), a.rotary = r.i();
+    Tensor q = r.t(), k = r.t(), v = r.t(), positions = r.t(), table = r.t();
     a.interleaved = r.i();
-    a.k_cache = r.p(), a.k_block = r.i(), a.k_cache_head = r.i(), a.k_slot = r.i();
-    a.v_cache = r.p(), a.v_block = r.i(), a.v_cache_head = r.i(), a.v_slot = r.i();
-    a.blocks = r.i(), a.block_size = r.i(), a.slots = (const int64_t *)r.p(), a.dtype = (int)r.i(), a.threads = (int)r.i();
+    Tensor k_cache = r.t(), v_cache = r.t(), slots = r.t();
+    a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
+    REQUIRE(r.good && set_rotation(a, q, positions, table) && set_write(a, k, v, k_cache, v_cache, slots));
+    REQUIRE(q.dtype == k.dtype && q.n[0] == k.n[0] && q.n[2] == k.n[2]);
     return run_rope_write(a);
 }
 
 static PyObject *paged_attention(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     Attention a{};
-    a.q = r.p(), a.q_token = r.i(), a.q_head = r.i(), a.tokens = r.i(), a.heads = r.i(), a.head_dim = r.i();
-    a.k = r.p(), a.k_block = r.i(), a.k_head = r.i(), a.k_slot = r.i();
-    a.v = r.p(), a.v_block = r.i(), a.v_head = r.i(), a.v_slot = r.i();
-    a.blocks = r.i(), a.kv_heads = r.i(), a.block_size = r.i(), a.v_dim = r.i();
-    a.table = (const int32_t *)r.p(), a.table_stride = r.i(), a.table_width = r.i();
-    a.starts = (const int32_t *)r.p(), a.lens = (const int32_t *)r.p(), a.seqs = r.i();
-    a.alibi = (const float *)r.p(), a.sinks = (const float *)r.p(), a.out = r.p(), a.dtype = (int)r.i(), a.window = r.i();
-    a.scale = (float)r.f(), a.softcap = (float)r.f(), a.threads = (int)r.i();
+    Tensor q = r.t(), k = r.t(), v = r.t(), table = r.t(), starts = r.t(), lens = r.t(), alibi = r.maybe(),
+           sinks = r.maybe(), out = r.t();
+    a.scale = (float)r.f(), a.window = r.i(), a.softcap = (float)r.f(), a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
+    REQUIRE(r.good && q.rows(3) && k.rows(4) && v.rows(4) && q.floating() && q.dtype == k.dtype && q.dtype == v.dtype);
+    REQUIRE(out.dims == 3 && out.contiguous() && out.dtype == q.dtype && out.n[0] == q.n[0] && out.n[1] == q.n[1]);
+    REQUIRE(k.n[3] == q.n[2] && v.n[3] == out.n[2] && k.n[0] == v.n[0] && k.n[1] == v.n[1] && k.n[2] == v.n[2]);
+    REQUIRE(k.n[1] > 0 && k.n[2] > 0 && q.n[1] % k.n[1] == 0 && q.n[1] > 0 && lens.dims == 1 && lens.n[0] >= 0);
+    a.seqs = lens.n[0];
+    REQUIRE(lens.list(INT32, a.seqs) && starts.list(INT32, a.seqs + 1));
+    REQUIRE(table.rows(2) && table.dtype == INT32 && table.n[0] >= a.seqs);
+    REQUIRE((!alibi.data || alibi.list(FLOAT32, q.n[1])) && (!sinks.data || sinks.list(FLOAT32, q.n[1])));
+    a.q = q.data, a.q_token = q.stride[0], a.q_head = q.stride[1], a.tokens = q.n[0], a.heads = q.n[1];
+    a.head_dim = q.n[2], a.k = k.data, a.k_block = k.stride[0], a.k_head = k.stride[1], a.k_slot = k.stride[2];
+    a.v = v.data, a.v_block = v.stride[0], a.v_head = v.stride[1], a.v_slot = v.stride[2];
+    a.blocks = k.n[0], a.kv_heads = k.n[1], a.block_size = k.n[2], a.v_dim = v.n[3];
+    a.table = (const int32_t *)table.data, a.table_stride = table.stride[0], a.table_width = table.n[1];
+    a.starts = (const int32_t *)starts.data, a.lens = (const int32_t *)lens.data;
+    a.alibi = (const float *)alibi.data, a.sinks = (const float *)sinks.data, a.out = out.data, a.dtype = q.dtype;
     if (a.starts[0] != 0 || a.starts[a.seqs] > a.tokens)
         return refuse("query_starts must begin with 0 and end within the tokens; it ends with %lld of %lld",
                       a.starts[a.seqs], a.tokens);
@@ -198,10 +358,22 @@ static PyObject *paged_attention(PyObject *, PyObject *const *args, Py_ssize_t c
 static PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     Linear a{};
-    a.x = r.p(), a.x_stride = r.i(), a.rows = r.i(), a.in = r.i(), a.out = r.i(), a.weight = r.p();
-    a.weight_dtype = (int)r.i(), a.scales = (const float *)r.p(), a.bias = r.p(), a.residual = r.p();
-    a.residual_stride = r.i(), a.result = r.p(), a.dtype = (int)r.i(), a.threads = (int)r.i();
+    Tensor x = r.t(), weight = r.t(), scales = r.maybe(), bias = r.maybe(), residual = r.maybe(), out = r.t();
+    a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && out.dims == 2 && out.contiguous() && out.dtype == x.dtype);
+    a.rows = x.n[0], a.in = x.n[1], a.out = out.n[1];
+    bool pairs = weight.dtype == BFLOAT16;
+    REQUIRE(out.n[0] == a.rows && weight.contiguous() && weight.dims == (pairs ? 4 : 3) && a.in > 0 && a.out > 0);
+    REQUIRE(weight.n[0] == (a.out + 15) / 16 && weight.n[1] == (pairs ? (a.in + 1) / 2 : a.in) && weight.n[2] == 16);
+    REQUIRE(!pairs || weight.n[3] == 2);
+    REQUIRE(weight.dtype == INT8 ? scales.data && scales.list(FLOAT32, a.out) : weight.dtype == x.dtype && !scales.data);
+    REQUIRE(!bias.data || bias.list(x.dtype, a.out));
+    REQUIRE(!residual.data || (residual.rows(2) && residual.dtype == x.dtype && residual.n[0] == a.rows && residual.n[1] == a.out));
+    if (!a.rows) return answer(true);
+    a.x = x.data, a.x_stride = x.stride[0], a.weight = weight.data, a.weight_dtype = weight.dtype;
+    a.scales = (const float *)scales.data, a.bias = bias.data, a.residual = residual.data;
+    a.residual_stride = residual.data ? residual.stride[0] : 0, a.result = out.data, a.dtype = x.dtype;
     return release((double)a.rows * a.in * a.out, [&] { chosen->linear(a); });
 }
 
@@ -234,7 +406,8 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(rotate),
-                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(isa),
+                                METHOD(write),
+                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(isa), METHOD(use),
                                 METHOD(available), {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_lib", "CPU kernels; see modelport.kernels.", -1, methods,
                                  nullptr, nullptr, nullptr, nullptr};

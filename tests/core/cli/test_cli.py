@@ -323,7 +323,7 @@ def test_doctor_reports_and_its_status_tells(monkeypatch, capsys: pytest.Capture
     found[1] = doctor.Finding("plugins", "'acme' is broken: no", problem=True)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "!!  plugins         'acme' is broken: no" in out
+    assert "!!  plugins          'acme' is broken: no" in out
     assert "1 problem found" in out
 
 
@@ -342,6 +342,17 @@ def test_doctor_sees_a_broken_plugin_and_an_old_package(monkeypatch) -> None:
     assert [problem for problem, _ in texts] == [True, True, False]
     assert ">=999 is needed" in texts[0][1]
     assert "is not installed; pip install 'nowhere-to-be-found'" in texts[1][1]
+
+
+@pytest.mark.parametrize("package", ["packaging", "torch", "pluggy"])
+def test_doctor_names_a_package_that_is_missing(package: str, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in (package, "modelport") and name != "modelport"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    from modelport import cli
+
+    assert cli.main(["doctor"]) == 1
+    assert f"{package}" in capsys.readouterr().out.split("!!  imports")[1]
 
 
 def test_doctor_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
