@@ -18,6 +18,10 @@ class TokenStream(Protocol):
         """The text that this token completes; "" while it is only part of a character."""
         ...
 
+    def flush(self) -> str:
+        """What is left when no token follows: the text of a character that was cut off."""
+        ...
+
 
 class Decoder(Protocol):
     """What a tokenizer has to be able to do here."""
@@ -60,17 +64,7 @@ class Detokenizer:
         """
         assert not self._finished
         self._num_tokens += 1
-        if self._stream is None:
-            return None
-        new = self._stream.step(token_id)
-        if new:
-            self._parts.append(new)
-            for place, character in enumerate(new, start=1):
-                for match in self._matches:
-                    if match.step(character) and self._num_tokens > self._min_tokens:
-                        self._end_before(len(new) - place + (0 if self._keeps_stop else len(match.stop)))
-                        return match.stop
-        return None
+        return None if self._stream is None else self._take(self._stream.step(token_id))
 
     def delta(self) -> str:
         """Text since the last call that no stop string can take back; all of it once the output is finished."""
@@ -83,7 +77,20 @@ class Detokenizer:
 
     def finish(self) -> None:
         """No token follows: the next `delta` gives out what was held back."""
+        if not self._finished and self._stream is not None:
+            self._take(self._stream.flush())
         self._finished = True
+
+    def _take(self, new: str) -> str | None:
+        """Add `new` to the text; the stop string that it completes, if any."""
+        if new:
+            self._parts.append(new)
+        for place, character in enumerate(new, start=1):
+            for match in self._matches:
+                if match.step(character) and self._num_tokens > self._min_tokens:
+                    self._end_before(len(new) - place + (0 if self._keeps_stop else len(match.stop)))
+                    return match.stop
+        return None
 
     def _end_before(self, surplus: int) -> None:
         """Take the last `surplus` characters off the text; `delta` has not given them out."""

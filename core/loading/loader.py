@@ -66,6 +66,7 @@ def load_weights(
         open_rows[key] -= target.shape[0]
         if open_rows[key] == 0 and not any(open_rows[target.path, p] > 0 for p, _ in _own(target.module)):
             _pack(target.module)
+        del tensor  # the stream reads the next one before this name would be bound anew
     _refuse(architecture, targets, open_rows, surplus, seen)
 
 

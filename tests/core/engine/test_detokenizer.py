@@ -12,7 +12,7 @@ class Pieces:
     """A tokenizer whose token `i` is the i-th piece of text; pieces in angle brackets are special."""
 
     def __init__(self, *pieces: str):
-        self.pieces = pieces
+        self.pieces, self.left = pieces, ""
 
     def decode_stream(self, skip_special_tokens=True):
         self.skip = skip_special_tokens
@@ -21,6 +21,9 @@ class Pieces:
     def step(self, token_id):
         piece = self.pieces[token_id]
         return "" if self.skip and piece.startswith("<") else piece
+
+    def flush(self):
+        return self.left
 
 
 def run(pieces, **settings):
@@ -149,3 +152,19 @@ def test_deltas_taken_now_and_then_make_up_the_text(pieces, stop, every):
             break
     detokenizer.finish()
     assert got + detokenizer.delta() == detokenizer.text
+
+
+def test_what_the_last_token_left_open_is_flushed_once_and_may_complete_a_stop_string():
+    pieces = Pieces("ab", "c")
+    pieces.left = "\ufffd"
+    detokenizer = Detokenizer(pieces, SamplingParams())
+    detokenizer.append(0)
+    detokenizer.finish()
+    detokenizer.finish()
+    assert detokenizer.delta() == detokenizer.text == "ab\ufffd"
+    stopped = Detokenizer(pieces, SamplingParams(stop="b\ufffd"))
+    stopped.append(0)
+    assert stopped.delta() == "a"
+    stopped.finish()
+    assert stopped.delta() == ""
+    assert stopped.text == "a"
