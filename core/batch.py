@@ -1,6 +1,6 @@
 """`Batch`: everything one forward pass needs besides the token ids; a frozen record of tensors.
 
-Legend: tokens = rows of this step over all sequences; seqs = sequences in this step; blocks = most blocks of any of them.
+Legend: tokens = rows of this step over all sequences; seqs = sequences in this step; blocks = most blocks of one.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ from typing import Any
 from modelport.config import EngineConfig
 from modelport.frontend import Frontend, Job, Message, engine_config
 from modelport.inputs.tokenizer import Tokenizer
-from modelport.request import Prompt, Request, RequestOutput
+from modelport.request import Prompt, RequestOutput
 from modelport.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ class RequestMetrics:
 class CompletionOutput:
     """One completion of a prompt.
 
-    :ivar finish_reason: "stop" (end of text, stop token or stop string), "length", "abort", "error", or None while running.
+    :ivar finish_reason: "stop" (end of text, stop token, stop string), "length", "abort", "error"; None while running.
     :ivar stop_reason: the stop string or stop token id that ended it; None at the end of text. The message of an error.
     """
 

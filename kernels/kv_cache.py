@@ -46,7 +46,7 @@ def write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor)
 
     k and v may be strided views of a fused projection; their head_dims may differ.
     """
-    if cpu.lib is not None and cpu.lib.write(k, v, k_cache, v_cache, slots, cpu.threads()):
+    if cpu.lib is not None and cpu.lib.cache_write(k, v, k_cache, v_cache, slots, cpu.threads()):
         return
     _check(k, v, k_cache, v_cache, slots)
     write_reference(k, v, k_cache, v_cache, slots)

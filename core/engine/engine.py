@@ -37,14 +37,14 @@ class Engine:
         limit = about.config.max_position_embeddings
         if settings.max_model_len is not None and settings.max_model_len > limit:
             raise ValueError(
-                f"max_model_len={settings.max_model_len} is more than the {limit} positions of {about.checkpoint.name!r}"
+                f"max_model_len={settings.max_model_len} exceeds the {limit} positions of {about.checkpoint.name!r}"
             )
         chunk = settings.max_num_batched_tokens or max(CHUNK, settings.max_num_seqs or 0)
         seqs = settings.max_num_seqs or min(256, chunk)
         if chunk < seqs:
             raise ValueError(
-                f"max_num_batched_tokens={chunk} is less than max_num_seqs={seqs}: running requests would wait in turn; "
-                "raise the first or lower the second"
+                f"max_num_batched_tokens={chunk} is less than max_num_seqs={seqs}: running requests would wait in turn;"
+                " raise the first or lower the second"
             )
         wanted = settings.max_model_len or limit
         self.model = build(about, plugins, settings, wanted, progress)

@@ -149,7 +149,9 @@ class Runner:
                     result.logprobs[index] = sampled.logprobs[row]
         return result
 
-    def _score(self, request: Request, state: Tensor | tuple[Tensor, ...], start: int, count: int) -> list[TokenLogprobs]:
+    def _score(
+        self, request: Request, state: Tensor | tuple[Tensor, ...], start: int, count: int
+    ) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that follow the `count` rows from `start` on."""
         first = request.num_computed + 1
         following = request.token_ids[first : min(first + count, request.num_prompt_tokens)]

@@ -31,17 +31,21 @@ class Description:
 def describe(checkpoint: Checkpoint, raw_config: dict, plugins: Plugins, engine: EngineConfig) -> Description:
     """Find the architecture and validate the configuration.
 
-    :raises ValueError: an architecture nobody provides, a configuration that lacks something, an unknown dtype or device.
+    :raises ValueError: an architecture nobody provides, an incomplete configuration, an unknown dtype or device.
     """
     architecture = plugins.find(raw_config["architectures"])
     try:
         config = architecture.config.model_validate(raw_config)
     except ValidationError as error:
         details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"the configuration of {checkpoint.name!r} does not fit {architecture.name}: {details}") from None
+        raise ValueError(
+            f"the configuration of {checkpoint.name!r} does not fit {architecture.name}: {details}"
+        ) from None
     name = engine.dtype if engine.dtype != "auto" else (config.dtype or "float32")
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} in the configuration of {checkpoint.name!r} cannot be run; give dtype='float32'")
+        raise ValueError(
+            f"dtype {name!r} in the configuration of {checkpoint.name!r} cannot be run; give dtype='float32'"
+        )
     return Description(checkpoint, raw_config, architecture, config, DTYPES[name], pick_device(engine.device))
 
 

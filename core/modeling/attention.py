@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.k_cache, self.v_cache = k_cache, v_cache
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-        """q: (tokens, num_heads, head_dim), k and v: (tokens, num_kv_heads, head_dim) -> (tokens, num_heads * head_dim).
+        """q: (tokens, num_heads, head_dim), k, v: (tokens, num_kv_heads, head_dim) -> (tokens, num_heads * head_dim).
 
         q and k are rotated in place: they are fresh results of a projection.
         """

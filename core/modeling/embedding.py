@@ -68,7 +68,9 @@ class LMHead(nn.Module):
         self.tied, self.softcap = (tied,), softcap  # in a tuple, so that the weight is registered once
         if tied is not None:
             tied.is_shared = True
-        self.weight = None if tied is not None else nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        self.weight = (
+            None if tied is not None else nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        )
         self.bias = nn.Parameter(torch.empty(vocab_size), requires_grad=False) if bias else None
         self.packed: kernel.PackedWeight | None = None
         self.packer = kernel.pack

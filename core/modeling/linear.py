@@ -52,7 +52,7 @@ class RowLinear(Linear):
 
 
 class MergedLinear(Linear):
-    """Several linears over one input, computed as one: `MergedLinear(hidden, (wide, wide), ("gate_proj", "up_proj"))`."""
+    """Several linears over one input as one: `MergedLinear(hidden, (wide, wide), ("gate_proj", "up_proj"))`."""
 
     def __init__(self, in_features: int, sizes: tuple[int, ...], names: tuple[str, ...], bias: bool = False):
         super().__init__(in_features, sum(sizes), bias, parts=tuple(zip(names, sizes, strict=True)))

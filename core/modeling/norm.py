@@ -7,7 +7,7 @@ from modelport.kernels import norm as kernel
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * (offset + weight)` (Zhang and Sennrich, 2019); `offset=1` for weights around zero."""
+    """`x / sqrt(mean(x^2) + eps) * (offset + weight)` (Zhang and Sennrich, 2019); `offset=1` for weights around 0."""
 
     def __init__(self, size: int, eps: float = 1e-6, offset: float = 0.0):
         super().__init__()

@@ -24,7 +24,9 @@ class TransformersReference:
     def __init__(self, architecture: Architecture, seed: int = 0, overrides: dict[str, Any] | None = None):
         kind, _, name = (architecture.reference or "").partition(":")
         if kind != "transformers":
-            raise ValueError(f"{architecture.name} names no transformers class as its reference: {architecture.reference!r}")
+            raise ValueError(
+                f"{architecture.name} names no transformers class as its reference: {architecture.reference!r}"
+            )
         import transformers
 
         self.architecture = architecture

@@ -288,7 +288,7 @@ static PyObject *rotate(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return run_rope_write(a);
 }
 
-static PyObject *write(PyObject *, PyObject *const *args, Py_ssize_t count) {
+static PyObject *cache_write(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     RopeWrite a{};
     Tensor k = r.t(), v = r.t(), k_cache = r.t(), v_cache = r.t(), slots = r.t();
@@ -406,7 +406,7 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(rotate),
-                                METHOD(write),
+                                METHOD(cache_write),
                                 METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(isa), METHOD(use),
                                 METHOD(available), {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_lib", "CPU kernels; see modelport.kernels.", -1, methods,

@@ -3,8 +3,10 @@
 import asyncio
 import inspect
 import math
+from itertools import pairwise
 
 import pytest
+
 from modelport import LLM, AsyncLLM, EngineConfig, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -83,12 +85,16 @@ def test_stopping(llm):
     base = llm.generate("stop here", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))[0].outputs[0]
     third = base.token_ids[2]
     first_at = list(base.token_ids).index(third)
-    by_id = llm.generate("stop here", SamplingParams(temperature=0, max_tokens=30, stop_token_ids=[third]))[0].outputs[0]
+    by_id = llm.generate("stop here", SamplingParams(temperature=0, max_tokens=30, stop_token_ids=[third]))[0].outputs[
+        0
+    ]
     assert (by_id.finish_reason, by_id.stop_reason) == ("stop", third)
     assert list(by_id.token_ids) == list(base.token_ids[: first_at + 1])
     assert by_id.text == llm.tokenizer.decode(base.token_ids[:first_at])
     word = base.text[4:6]
-    by_text = llm.generate("stop here", SamplingParams(temperature=0, max_tokens=30, stop=word, ignore_eos=True))[0].outputs[0]
+    by_text = llm.generate("stop here", SamplingParams(temperature=0, max_tokens=30, stop=word, ignore_eos=True))[
+        0
+    ].outputs[0]
     assert (by_text.finish_reason, by_text.stop_reason) == ("stop", word)
     assert by_text.text == base.text[: base.text.index(word)]
     kept = SamplingParams(temperature=0, max_tokens=30, stop=word, include_stop_str_in_output=True, ignore_eos=True)
@@ -173,7 +179,7 @@ def test_a_stream_grows_to_what_generate_gives(llm):
     seen = list(llm.stream("stream", params))
     texts = [o.outputs[0].text for o in seen]
     assert len(seen) == 15
-    assert all(b.startswith(a) for a, b in zip(texts, texts[1:], strict=False))
+    assert all(b.startswith(a) for a, b in pairwise(texts))
     assert [o.finished for o in seen] == [False] * 14 + [True]
     assert texts[-1] == llm.generate("stream", params)[0].outputs[0].text
 
@@ -248,7 +254,7 @@ def test_a_request_whose_processor_fails_ends_alone(llm):
         ({"max_model_length": 5}, "did you mean 'max_model_len'"),
         ({"dtype": "int4"}, "dtype='int4'"),
         ({"max_model_len": -1}, "max_model_len=-1"),
-        ({"max_model_len": 100_000}, "100000 is more than the 512 positions"),
+        ({"max_model_len": 100_000}, "100000 exceeds the 512 positions"),
         ({"num_kv_blocks": 2, "max_model_len": 100}, "has room for 32"),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "max_num_batched_tokens=4"),
         ({"device": "abacus"}, "'abacus' is not known"),

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modelport.engine.cache import BlockPool
 from modelport.request import Request
 from modelport.sampling_params import SamplingParams

@@ -1,6 +1,7 @@
 """Who runs: chunks, admission, preemption, followers; with a runner that only counts."""
 
 import pytest
+
 from modelport.engine.cache import BlockPool
 from modelport.engine.scheduler import Scheduler
 from modelport.request import Request

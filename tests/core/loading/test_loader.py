@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+
 from modelport.config import TextConfig
 from modelport.loading.loader import WeightsError, fill_random, load_weights
 from modelport.modeling import Embedding, LMHead, MergedLinear, QKVLinear, RMSNorm
 from modelport.plugin import Architecture
-from torch import nn
 
 CPU = torch.device("cpu")
 CONFIG = TextConfig(vocab_size=10, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
@@ -129,7 +130,9 @@ def test_rows_are_filled_once():
     with torch.device("meta"):
         model = Toy()
     with pytest.raises(WeightsError, match=r"'norm\.weight' twice"):
-        load_weights(model, [*tensors.items(), ("norm.weight", torch.ones(4))], architecture(), CONFIG, torch.float32, CPU)
+        load_weights(
+            model, [*tensors.items(), ("norm.weight", torch.ones(4))], architecture(), CONFIG, torch.float32, CPU
+        )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from modelport import LLM, SamplingParams
 from modelport.modeling import Linear, LMHead
 from modelport.plugin import load_plugins

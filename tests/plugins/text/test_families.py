@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from modelport import LLM, SamplingParams
 from modelport.plugin import load_plugins
 from modelport.testing.reference import TransformersReference
