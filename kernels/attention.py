@@ -39,7 +39,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int, softcap: float,
     alibi_slopes: Tensor | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """q: (seqs, ql, heads, head_dim); k, v: (seqs, blocks, kv_heads, block_size, head_dim) -> (seqs, ql, heads, v_dim)."""
+    """q: (seqs, ql, heads, head_dim); k, v: (seqs, blocks, kv_heads, block_size, dim) -> (seqs, ql, heads, v_dim)."""
     seqs, ql, heads, _ = q.shape
     kv_heads, group = k.shape[2], heads // k.shape[2]
     k = k.transpose(1, 2).flatten(2, 3).float()  # (seqs, kv_heads, L, head_dim)
@@ -50,8 +50,8 @@ def _attend(
     seen = distance <= 0
     if window > 0:
         seen &= distance > -window
-    # slots nobody wrote may hold NaN, and 0 * NaN is NaN
-    v = v.masked_fill((key_pos >= lengths[:, None])[:, None, :, None], 0.0)
+    # slots nobody wrote, and freed ones, may hold NaN, and 0 * NaN is NaN
+    v = v.masked_fill(~seen.any(1)[:, None, :, None], 0.0)
     q = q.float().view(seqs, ql, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = (q @ k.transpose(-1, -2) * scale).view(seqs, kv_heads, group, ql, -1)
     if softcap > 0:
@@ -71,11 +71,11 @@ def _attend(
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_starts: Tensor, seq_lens: Tensor,
            alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:  # fmt: skip
     if q.dim() != 3 or k_cache.dim() != 4 or v_cache.dim() != 4 or k_cache.shape[:3] != v_cache.shape[:3]:
-        raise ValueError(f"paged_attention: q {tuple(q.shape)} must be (tokens, heads, head_dim), the caches "
-                         f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} (num_blocks, kv_heads, block_size, head_dim)")  # fmt: skip
+        raise ValueError(f"paged_attention: q {tuple(q.shape)} must be (tokens, heads, head_dim), caches "
+                         f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} (blocks, kv_heads, slots, dim)")  # fmt: skip
     if q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[1]:
-        raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit k_cache {tuple(k_cache.shape)}: head_dim must "
-                         "agree and heads be a multiple of kv_heads")  # fmt: skip
+        raise ValueError(f"paged_attention: q {tuple(q.shape)} does not fit k_cache {tuple(k_cache.shape)}: head_dim "
+                         "must agree and heads be a multiple of kv_heads")  # fmt: skip
     seqs = seq_lens.shape[0]
     if query_starts.shape != (seqs + 1,) or block_table.dim() != 2 or block_table.shape[0] < seqs:
         raise ValueError(f"paged_attention: {seqs} sequences need query_starts ({seqs + 1},) and block_table ({seqs}, "
@@ -90,14 +90,14 @@ def paged_attention(
     scale: float, *, window: int = 0, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None, max_query_len: int,
 ) -> Tensor:  # fmt: skip
-    """Attend q: (tokens, heads, head_dim) to the cached keys of each token's own sequence -> (tokens, heads, v_head_dim).
+    """Attend q: (tokens, heads, head_dim) to the cached keys of its own sequence -> (tokens, heads, v_head_dim).
 
     k_cache, v_cache: (num_blocks, kv_heads, block_size, head_dim), already holding this step's keys and values.
     block_table: (seqs, max_blocks) int32; entries past a sequence's last block are never read as data.
-    query_starts: (seqs + 1,) int32, where each sequence's rows begin in q; seq_lens: (seqs,) int32, keys after this step.
+    query_starts: (seqs + 1,) int32, where each sequence's rows begin in q; seq_lens: (seqs,) int32, keys by now.
     window > 0 keeps keys closer than `window` positions; softcap > 0 bends scores to softcap * tanh(score / softcap);
-    alibi_slopes: (heads,) float32 adds slope * (key position - query position); sinks: (heads,) float32 is one more logit that takes
-    probability and gives nothing. Sums are float32. Rows after query_starts[-1] are zero.
+    alibi_slopes: (heads,) float32 adds slope * (key position - query position); sinks: (heads,) float32 is one more
+    logit that takes probability and gives nothing. Sums are float32. Rows after query_starts[-1] are zero.
     """
     if cpu.lib is not None and q.dim() == 3:
         out = torch.empty((q.shape[0], q.shape[1], v_cache.shape[-1]), dtype=q.dtype)

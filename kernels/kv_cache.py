@@ -12,7 +12,9 @@ def write_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
     """Plain torch version of `write`."""
     block_size = k_cache.shape[2]
     if slots.numel() and int(slots.max()) >= k_cache.shape[0] * block_size:
-        raise ValueError(f"write: slot {int(slots.max())} is outside the cache of {k_cache.shape[0] * block_size} slots")
+        raise ValueError(
+            f"write: slot {int(slots.max())} is outside the cache of {k_cache.shape[0] * block_size} slots"
+        )
     kept = slots >= 0
     if not bool(kept.all()):
         k, v, slots = k[kept], v[kept], slots[kept]
@@ -34,8 +36,8 @@ def rope_write_reference(
 def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if new.dim() != 3 or cache.dim() != 4 or new.shape[1] != cache.shape[1] or new.shape[2] != cache.shape[3]:
-            raise ValueError(f"write: {name} {tuple(new.shape)} does not fit its cache {tuple(cache.shape)}: want (tokens, "
-                             "kv_heads, head_dim) and (num_blocks, kv_heads, block_size, head_dim)")  # fmt: skip
+            raise ValueError(f"write: {name} {tuple(new.shape)} does not fit its cache {tuple(cache.shape)}: want "
+                             "(tokens, kv_heads, dim) and (num_blocks, kv_heads, block_size, dim)")  # fmt: skip
     if k.shape[0] != v.shape[0] or slots.shape != k.shape[:1] or k_cache.shape[:3] != v_cache.shape[:3]:
         raise ValueError(f"write: k {tuple(k.shape)}, v {tuple(v.shape)}, slots {tuple(slots.shape)} and caches "
                          f"{tuple(k_cache.shape)}, {tuple(v_cache.shape)} disagree")  # fmt: skip

@@ -87,7 +87,9 @@ def pack_int8(weight: Tensor) -> PackedWeight:
     return PackedWeight(codes, *weight.shape, blocked=False, scales=scales)
 
 
-def linear_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def linear_reference(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
     """Plain torch version of `linear`."""
     weight = packed.unpack() if packed.blocked else packed.data
     if packed.scales is not None:
@@ -103,7 +105,7 @@ def linear_reference(x: Tensor, packed: PackedWeight, bias: Tensor | None = None
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias + residual -> (tokens, out), in x.dtype, summed in float32.
 
-    x: (tokens, in) in the weight's dtype (float32, bfloat16 or float16 for int8); bias: (out,); residual: (tokens, out).
+    x: (tokens, in) in the weight's dtype (any of the three for int8); bias: (out,); residual: (tokens, out).
     """
     if cpu.lib is not None and packed.blocked and x.dim() == 2 and x.shape[1] == packed.in_features:
         out = torch.empty((x.shape[0], packed.out_features), dtype=x.dtype)

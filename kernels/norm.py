@@ -1,6 +1,6 @@
 """Layer normalisations over the last dimension, computed in float32.
 
-One kernel call instead of the four to six that the plain torch expression costs; the references below are that expression.
+One kernel call instead of the four to six that the plain torch expression costs; the references are that expression.
 """
 
 import torch

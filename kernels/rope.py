@@ -35,7 +35,7 @@ def check_rotation(x: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
 def rotate_(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
     """Rotate x: (tokens, heads, head_dim) in place by the angles of positions: (tokens,) int64.
 
-    cos_sin: (max_position, rotary_dim) float32 = [cos | sin], each rotary_dim / 2 wide; dimensions past rotary_dim stay.
+    cos_sin: (max_position, rotary_dim) float32 = [cos | sin], each rotary_dim / 2 wide; dimensions past it stay.
     Pairs are (i, i + rotary_dim / 2), or neighbours when interleaved. x may be a strided view of a fused projection.
     """
     if cpu.lib is not None and cpu.lib.rotate(x, positions, cos_sin, interleaved, cpu.threads()):

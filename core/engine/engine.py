@@ -12,7 +12,7 @@ import torch
 
 from modelport.config import EngineConfig
 from modelport.engine.cache import BlockPool
-from modelport.engine.memory import cache_budget
+from modelport.engine.memory import cache_budget, zeros
 from modelport.engine.runner import Runner, StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan, Scheduler
@@ -54,7 +54,7 @@ class Engine:
         for layer in attentions:
             spec = layer.cache_spec
             shape = (num_blocks, spec.num_kv_heads, settings.block_size, spec.head_dim)
-            layer.attach(*(torch.zeros(shape, dtype=about.dtype, device=about.device) for _ in range(2)))
+            layer.attach(*(zeros(shape, about.dtype, about.device) for _ in range(2)))
         self.pool = BlockPool(num_blocks, settings.block_size, settings.enable_prefix_caching)
         self.scheduler = Scheduler(self.pool, seqs, chunk)
         self.runner = Runner(

@@ -1,7 +1,9 @@
 """How much memory is there, and how many cache blocks to make of it."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 DEFAULT_CPU_CACHE = 4 << 30
@@ -26,6 +28,13 @@ def _meminfo() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return 8 << 30  # no way to ask: a modest guess
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros; on the CPU its pages take no memory until they are written, which `torch.zeros` would do."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def cache_budget(device: torch.device) -> int:

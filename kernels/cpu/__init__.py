@@ -2,10 +2,10 @@
 
 For packaging: one optional extension, ``modelport.kernels.cpu._lib``, from `SOURCES` with `COMPILE_ARGS` (both in
 ``build.py`` beside this file, which imports nothing of modelport), language c++, limited API of Python 3.10.
-It is compiled with OpenMP but not linked to it: before it is loaded, torch's own OpenMP library is made visible to it, so
-that both share one pool of threads. Two pools, each spinning while the other works, make small machines crawl.
-Tensors are read through the DLPack exchange table of torch (2.10 and later), so that a call costs little more than Python's
-own overhead. A function of the library answers False where it does not take its arguments.
+It is compiled with OpenMP but not linked to it: before it is loaded, torch's own OpenMP library is made visible to
+it, so that both share one pool of threads. Two pools, each spinning while the other works, make small machines crawl.
+Tensors are read through the DLPack exchange table of torch (2.10 and later), so that a call costs little more than
+Python's own overhead. A function of the library answers False where it does not take its arguments.
 
 ``MODELPORT_CPU_KERNELS=0`` chooses the torch references. Kernels know nothing of autograd.
 """

@@ -187,9 +187,13 @@ INLINE float sum(vf x) {
     return (y[0] + y[2]) + (y[1] + y[3]);
 }
 INLINE float largest(vf x) {
-    float m = x[0];
-    for (int i = 1; i < LANES; ++i) m = x[i] > m ? x[i] : m;
-    return m;
+    v4 y = read<v4>(&x);
+    for (int i = 1; i < LANES / 4; ++i) {
+        v4 z = read<v4>((char *)&x + 16 * i);
+        y = y > z ? y : z;
+    }
+    float p = y[0] > y[1] ? y[0] : y[1], q = y[2] > y[3] ? y[2] : y[3];
+    return p > q ? p : q;
 }
 
 // ---- functions (relative error about 1e-7)

@@ -19,7 +19,8 @@ def values(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 def test_gated(rows: int, width: int, dtype: torch.dtype, act: str) -> None:
     x = values(rows, 2 * width, dtype)
     got = activation.gated(x, act)
-    assert got.dtype == dtype and got.shape == (rows, width)
+    assert got.dtype == dtype
+    assert got.shape == (rows, width)
     torch.testing.assert_close(got, activation.gated_reference(x, act), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -42,7 +43,9 @@ def test_far_values(act: str) -> None:
 
 def test_strides() -> None:
     wide = torch.randn(5, 64)
-    torch.testing.assert_close(activation.gated(wide[:, 3:45], "silu"), activation.gated_reference(wide[:, 3:45], "silu"))
+    torch.testing.assert_close(
+        activation.gated(wide[:, 3:45], "silu"), activation.gated_reference(wide[:, 3:45], "silu")
+    )
     torch.testing.assert_close(activation.gated(wide[:, ::2], "silu"), activation.gated_reference(wide[:, ::2], "silu"))
     torch.testing.assert_close(activation.activate(wide.T, "gelu"), activation.activate_reference(wide.T, "gelu"))
 

@@ -37,7 +37,8 @@ def test_write(tokens: int, kv_heads: int, k_dim: int, v_dim: int, block_size: i
     k_want, v_want = k_cache.clone(), v_cache.clone()
     kv_cache.write(k, v, k_cache, v_cache, slots)
     kv_cache.write_reference(k, v, k_want, v_want, slots)
-    assert torch.equal(k_cache, k_want) and torch.equal(v_cache, v_want)
+    assert torch.equal(k_cache, k_want)
+    assert torch.equal(v_cache, v_want)
 
 
 @settings(deadline=None, max_examples=60)

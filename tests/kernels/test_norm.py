@@ -10,7 +10,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert got.dtype == want.dtype and got.shape == want.shape
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
     torch.testing.assert_close(got, want, rtol=TOLERANCE[want.dtype], atol=TOLERANCE[want.dtype])
 
 
@@ -33,7 +34,8 @@ def test_layer_norm(rows: int, width: int, dtype: torch.dtype, with_bias: bool) 
     bias = torch.randn(width, dtype=dtype) if with_bias else None
     want = norm.layer_norm_reference(x, weight, bias, 1e-5)
     close(norm.layer_norm(x, weight, bias, 1e-5), want)
-    close(torch.nn.functional.layer_norm(x.float(), (width,), weight.float(), None if bias is None else bias.float(), 1e-5).to(dtype), want)  # fmt: skip
+    wide_bias = None if bias is None else bias.float()
+    close(torch.nn.functional.layer_norm(x.float(), (width,), weight.float(), wide_bias, 1e-5).to(dtype), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

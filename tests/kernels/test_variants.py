@@ -36,7 +36,8 @@ def test_rows(dtype: torch.dtype) -> None:
             close(activation.gated(both, act), activation.gated_reference(both, act))
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40, -0.0, 65519.0, 6e-8, 3.39e38]).to(dtype)
     kept = activation.activate(special, "relu")
-    assert kept[0].isnan() and torch.equal(kept[1:], special[1:].relu())
+    assert kept[0].isnan()
+    assert torch.equal(kept[1:], special[1:].relu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,7 +56,15 @@ def test_rotation_and_cache(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear(dtype: torch.dtype) -> None:
-    for tokens, width, out in ((1, 64, 48), (2, 33, 17), (3, 64, 64), (5, 7, 100), (7, 576, 90), (25, 1030, 40), (61, 70, 130)):
+    for tokens, width, out in (
+        (1, 64, 48),
+        (2, 33, 17),
+        (3, 64, 64),
+        (5, 7, 100),
+        (7, 576, 90),
+        (25, 1030, 40),
+        (61, 70, 130),
+    ):
         x, weight = torch.randn(tokens, width).to(dtype), (torch.randn(out, width) / width**0.5).to(dtype)
         bias, residual = torch.randn(out).to(dtype), torch.randn(tokens, out).to(dtype)
         for packed in (linear.pack(weight), linear.pack_int8(weight)):
@@ -64,7 +73,7 @@ def test_linear(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "v_dim"), ((64, 64), (72, 40), (7, 16)))
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (72, 40), (7, 16)])
 def test_attention(dtype: torch.dtype, dim: int, v_dim: int) -> None:
     for heads, kv_heads in ((6, 2), (4, 4), (10, 1)):
         table = torch.randperm(80).int().view(4, 20)
@@ -76,6 +85,9 @@ def test_attention(dtype: torch.dtype, dim: int, v_dim: int) -> None:
             "query_starts": torch.tensor([0, 1, 38, 40, 41], dtype=torch.int32),
             "seq_lens": torch.tensor([300, 120, 9, 1], dtype=torch.int32),
         }
-        for extras in ({}, {"window": 50, "softcap": 10.0, "alibi_slopes": torch.rand(heads) / 9, "sinks": torch.randn(heads)}):
+        for extras in (
+            {},
+            {"window": 50, "softcap": 10.0, "alibi_slopes": torch.rand(heads) / 9, "sinks": torch.randn(heads)},
+        ):
             options = {**arguments, **extras, "scale": dim**-0.5, "max_query_len": 37}
             close(attention.paged_attention(**options), attention.paged_attention_reference(**options))
