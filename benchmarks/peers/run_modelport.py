@@ -18,7 +18,7 @@ class ModelPort:
             "versions": {"modelport": __version__, "torch": torch.__version__},
             "threads": torch.get_num_threads(),
             "cache_bytes": measure.cache_bytes(self.front),
-            "weight_bytes": sum(p.nbytes for p in self.front.engine.model.parameters()),
+            "weight_bytes": measure.weight_bytes(self.front),
         }
 
     def run(self, requests):

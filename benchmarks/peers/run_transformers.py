@@ -1,12 +1,12 @@
 """transformers as the benchmark's engine: `generate`, or with `batching` its continuous batching.
 
 Settings: `model`; `batching`; `threads`; `attention` (sdpa by default); `cache` (`static` pads to a fixed length);
-for batching `page_size`, `num_blocks` and `max_batch_tokens`, which are guessed from a GPU's memory when left alone.
+for batching `page_size` and `max_batch_tokens`. Its cache is made to measure for each job, before the clock starts.
 """
 
 import time
 
-from worker import Unsupported, at_once, serve
+from worker import at_once, serve
 
 
 class Transformers:
@@ -50,35 +50,52 @@ class Transformers:
         return [stamps] * len(requests), made[:, ids.shape[1] :].tolist()
 
     def continuous(self, requests):
-        get = self.settings.get
+        page = self.settings.get("page_size", 64)
         config = self.transformers.ContinuousBatchingConfig(
-            page_size=get("page_size", 64), num_blocks=get("num_blocks", 1024),
-            max_batch_tokens=get("max_batch_tokens", 2048), allow_block_sharing=True,
+            page_size=page, max_batch_tokens=self.settings.get("max_batch_tokens", 2048),
+            num_blocks=8 + sum(-(-(len(one.prompt) + one.max_tokens) // page) for one in requests),
         )  # fmt: skip
         generation = self.transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         manager = self.model.init_continuous_batching(generation, config)
         manager.start()
+        order, done = {}, {}
+
+        def take(timeout):
+            result = manager.get_result(timeout=timeout)
+            if result is None and not manager.is_running():
+                raise RuntimeError("continuous batching stopped by itself")
+            if result is not None and result.error:
+                raise RuntimeError(result.error)
+            if result is not None and result.is_finished():
+                done[order.get(result.request_id)] = result
+
         try:
+            manager.add_request([0, 0], max_new_tokens=2)  # making its cache takes seconds, which nobody waits for here
+            while not done:
+                take(1)
+            done.clear()
             start = time.perf_counter()
-            order = {}
             for index in sorted(range(len(requests)), key=lambda i: requests[i].arrival):
                 one = requests[index]
                 time.sleep(max(0.0, one.arrival - (time.perf_counter() - start)))
                 name = manager.add_request(one.prompt, max_new_tokens=one.max_tokens, record_timestamps=True)
                 order[name] = index
-            done = {}
             while len(done) < len(requests):
-                result = manager.get_result(timeout=1)
-                if result is not None and result.is_finished():
-                    if result.error:
-                        raise RuntimeError(result.error)
-                    done[order[result.request_id]] = result
-                elif result is None and not manager.is_running():
-                    raise Unsupported("continuous batching stopped by itself")
+                take(1)
         finally:
             manager.stop(block=True)
         found = [done[index] for index in range(len(requests))]
-        return [[stamp - start for stamp in r.timestamps] for r in found], [list(r.generated_tokens) for r in found]
+        step = _steps([stamp for result in found for stamp in result.timestamps])
+        return [[step[t] - start for t in r.timestamps] for r in found], [list(r.generated_tokens) for r in found]
+
+
+def _steps(stamps, apart=0.001):
+    """For each stamp the last one of its step: the tokens of one step are stamped one after another."""
+    found, last, previous = {}, 0.0, float("inf")
+    for stamp in sorted(set(stamps), reverse=True):
+        last = stamp if previous - stamp > apart else last
+        found[stamp], previous = last, stamp
+    return found
 
 
 if __name__ == "__main__":

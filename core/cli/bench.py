@@ -167,12 +167,11 @@ class _Bench:
     def about(self) -> dict[str, Any]:
         import torch
 
-        tensors = (*self.front.engine.model.parameters(), *self.front.engine.model.buffers())
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "load_s": self.load_s,
-            "weight_bytes": sum(tensor.nbytes for tensor in tensors),
+            "weight_bytes": measure.weight_bytes(self.front),
             "cache_bytes": measure.cache_bytes(self.front),
             "peak_memory_bytes": measure.peak_memory(),
         }
@@ -186,7 +185,7 @@ def _summary(result: dict[str, Any]) -> str:
     if result["peak_memory_bytes"] is not None:
         parts.append(f"peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB")
     if "cache_bytes" in result:
-        parts.append(f"cache of up to {result['cache_bytes'] / 1e6:.0f} MB, {result['threads']} threads")
+        parts.append(f"weights {result['weight_bytes'] / 1e6:.0f} MB, cache of up to {result['cache_bytes'] / 1e6:.0f} MB, {result['threads']} threads")
     return "; ".join(parts)
 
 

@@ -166,6 +166,13 @@ def cache_bytes(front: Frontend) -> int:
     return sum(tensor.nbytes for tensor in found if tensor is not None)
 
 
+def weight_bytes(front: Frontend) -> int:
+    """What the weights hold as the kernels read them; a packed weight is counted in place of what it was made of."""
+    model = front.engine.model
+    packed = {id(p): p.nbytes for m in model.modules() if (p := getattr(m, "packed", None)) is not None}
+    return sum(packed.values()) + sum(parameter.nbytes for parameter in model.parameters())
+
+
 def peak_memory() -> int | None:
     """The most bytes of memory that this process ever held, or None where the system does not say."""
     status = Path("/proc/self/status")  # getrusage would count what the parent held before it started this process
