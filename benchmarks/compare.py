@@ -14,10 +14,14 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from engine_process import EngineProcess
+from plot import markdown
+from summary import summarize
 
 from modelport.cli import measure
 
@@ -42,19 +46,22 @@ class Case:
                              longest_output=self.output_len)  # fmt: skip
 
 
-# Outputs are as long as a rate needs that stands still: it is read while the whole batch decodes.
+WIDE = ("modelport", "transformers", "transformers-batch", "vllm", "llamacpp-bf16")
+# The most telling first: a run that is cut short by --minutes lacks the last ones. Outputs are as long as a rate needs
+# that stands still: it is read while the whole batch decodes.
 CASES = {
     "decode-1": Case(1, 128, 64),
     "decode-8": Case(8, 128, 48),
-    "decode-32": Case(32, 128, 48),
     "prefill-1024": Case(2, 1024, 1),
+    "decode-32": Case(32, 128, 48, engines=WIDE),
     "trace": Case(24, 128, 64, rate=6.0),
-    "long-1024": Case(1, 1024, 32),
-    "decode-128": Case(128, 128, 64),
+    "long-1024": Case(1, 1024, 32, engines=WIDE),
+    "decode-128": Case(128, 128, 64, engines=WIDE),
 }
 ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: interpreter, form of the model, settings
     "modelport": ("modelport", "bf16", {}),
     "modelport-int8": ("modelport", "bf16", {"quantization": "int8"}),
+    "modelport-f32": ("modelport", "bf16", {"dtype": "float32"}),
     "transformers": ("transformers", "bf16", {}),
     "transformers-batch": ("transformers", "bf16", {"batching": True}),
     "vllm": ("vllm", "bf16", {}),
@@ -62,70 +69,14 @@ ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: interpreter, fo
     "llamacpp-q8_0": ("llamacpp", "q8_0.gguf", {}),
     "llamacpp-bf16": ("llamacpp", "bf16.gguf", {}),
 }
-@dataclass
-class Worker:
-    """One engine's process. `start` may be called again after `stop`, to measure starting."""
-
-    name: str
-    python: str
-    script: Path
-    settings: dict[str, Any]
-    environment: dict[str, str]
-    log: Path
-    about: dict[str, Any] = field(default_factory=dict)
-    process: subprocess.Popen | None = None
-
-    def start(self, work: list[measure.Work]) -> dict[str, float]:
-        """Seconds from a new process to a loaded model, and to the first token of `work`.
-
-        :raises RuntimeError: the engine does not start; its log says more.
-        """
-        began = time.monotonic()
-        self.process = subprocess.Popen(
-            [self.python, str(self.script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=self.log.open("a"), env={**os.environ, **self.environment},
-        )  # fmt: skip
-        self.about = self._ask(self.settings)["ready"]
-        loaded = time.monotonic() - began
-        times, _ = self.run(work)
-        asked = max(stamps[-1] for stamps in times)
-        return {"load_s": loaded, "first_token_s": loaded + asked, "total_s": time.monotonic() - began}
-
-    def run(self, work: list[measure.Work]) -> tuple[list[list[float]], list[list[int]]]:
-        answer = self._ask({"requests": [vars(one) for one in work]})
-        self.about["peak_memory_bytes"] = answer["peak_memory_bytes"]
-        return answer["times"], answer["tokens"]
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        answer = json.loads(line) if line else {"error": "its process ended"}
-        if "unsupported" in answer:
-            raise NotImplementedError(answer["unsupported"])
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stdin.close()
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            self.process = None
+BY_TORCH = ("transformers", "vllm")
+"""Without bf16 instructions torch computes bf16 products some fifty times slower than float32 ones, so there these
+engines get float32; `--set transformers:dtype=bfloat16` chooses otherwise."""
 
 
 def main() -> int:
     args = _arguments()
     from export import export
-    from plot import markdown
-    from summary import summarize
 
     forms = export(args.model, args.cache)
     config = json.loads((forms["bf16"] / "config.json").read_text())
@@ -157,13 +108,15 @@ def main() -> int:
             "environment": {k: re.sub(r"[^\s:=]*/", "", v) for k, v in worker.environment.items()},  # names, no folders
         }
     result.update(summarize(result))
+    for record in result["rounds"]:
+        del record["first_tokens"]  # they have served
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{markdown(result)}\nwritten to {args.out}")
     return 0
 
 
-def _start_all(workers: dict[str, Worker], args: argparse.Namespace, vocab: int, result: dict[str, Any]) -> None:
+def _start_all(workers: dict[str, EngineProcess], args: argparse.Namespace, vocab: int, result: dict[str, Any]) -> None:
     """Start every engine, the quick ones several times; one that fails is left out with its reason."""
     for name in list(workers):
         worker, starts = workers[name], []
@@ -182,19 +135,19 @@ def _start_all(workers: dict[str, Worker], args: argparse.Namespace, vocab: int,
             worker.run(measure.batch(2, 64, 8, vocab, (name, "warm-up")))
 
 
-def _run_rounds(workers: dict[str, Worker], args: argparse.Namespace, vocab: int, result: dict[str, Any]) -> None:
+def _run_rounds(
+    workers: dict[str, EngineProcess], args: argparse.Namespace, vocab: int, result: dict[str, Any]
+) -> None:
     """All cases on all engines, round by round, until there were enough rounds or the minutes are over."""
     deadline = time.monotonic() + 60 * args.minutes
     unable: set[tuple[str, str]] = set()
     for number in range(args.rounds):
-        if number and time.monotonic() > deadline:
-            print(f"{args.minutes:g} minutes are over after {number} rounds", flush=True)
-            return
         limits = subprocess.run([sys.executable, str(HERE / "limits.py")], check=True, capture_output=True, text=True)
         result["limits"].append(json.loads(limits.stdout))
         for case_name in args.cases:
-            if number and time.monotonic() > deadline:
-                continue  # a case that was begun is finished, so that its ratios are whole
+            if time.monotonic() > deadline:  # a case that was begun is finished, so that its ratios are whole
+                print(f"{args.minutes:g} minutes are over before {case_name} in round {number + 1}", flush=True)
+                return
             case = CASES[case_name]
             work = case.work(vocab, (case_name, number))
             names = [n for n in workers if (case.engines is None or n in case.engines) and (n, case_name) not in unable]
@@ -234,6 +187,12 @@ def _sizes(config: dict[str, Any], folder: Path) -> dict[str, float]:
     return {"bytes_per_token": 2 * (inner + head), "flop_per_token_at_1024": 2 * inner + attention}
 
 
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 by itself; one of another kind than x86 is taken to."""
+    instructions = _machine()["instructions"]
+    return not instructions or bool({"avx512_bf16", "amx_bf16"} & set(instructions))
+
+
 def _machine() -> dict[str, Any]:
     cpu, flags = platform.processor() or platform.machine(), set()
     info = Path("/proc/cpuinfo")
@@ -252,7 +211,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _workers(args: argparse.Namespace, forms: dict[str, Path]) -> tuple[dict[str, Worker], dict[str, str]]:
+def _workers(args: argparse.Namespace, forms: dict[str, Path]) -> tuple[dict[str, EngineProcess], dict[str, str]]:
     pythons = {"modelport": sys.executable, "transformers": sys.executable, **dict(args.python)}
     workers, skipped = {}, {}
     for name in args.engines:
@@ -264,9 +223,10 @@ def _workers(args: argparse.Namespace, forms: dict[str, Path]) -> tuple[dict[str
         else:
             own = {key: value for engine, key, value in args.set if engine == name}
             environment = {key: value for engine, key, value in args.env if engine == name}
-            settings = {"model": str(forms[form]), **settings, **own}
+            best = {"dtype": "bfloat16" if has_bf16() else "float32"} if kind in BY_TORCH else {}
+            settings = {"model": str(forms[form]), **best, **settings, **own}
             script, log = HERE / "peers" / f"run_{kind}.py", args.logs / f"{name}.log"
-            workers[name] = Worker(name, pythons[kind], script, settings, environment, log)
+            workers[name] = EngineProcess(name, pythons[kind], script, settings, environment, log)
     return workers, skipped
 
 
@@ -275,10 +235,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help="what modelport takes; a GGUF file for llama.cpp's sake")
     parser.add_argument("--python", action="append", type=_pair, default=[], metavar="NAME=PATH",
                         help="interpreter of llamacpp, vllm or transformers")  # fmt: skip
-    parser.add_argument("--engines", type=_names(ENGINES), default=list(ENGINES), metavar="A,B")
+    parser.add_argument("--engines", type=_names(ENGINES), default=[e for e in ENGINES if e != "modelport-f32"],
+                        metavar="A,B")  # fmt: skip
     parser.add_argument("--cases", type=_names(CASES), default=list(CASES), metavar="A,B")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=10, help="begin no case of a further round after this long")
+    parser.add_argument("--minutes", type=float, default=10, help="begin no case after this long")
     parser.add_argument("--starts", type=int, default=3, help="starts of each engine")
     parser.add_argument("--slow-start", type=float, default=20, help="an engine slower than this starts once")
     parser.add_argument("--set", action="append", type=_setting, default=[], metavar="ENGINE:NAME=VALUE",

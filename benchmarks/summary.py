@@ -4,9 +4,12 @@ from typing import Any
 
 from modelport.cli import measure
 
-CLASSES = {"bf16": ("modelport", "transformers", "transformers-batch", "vllm", "llamacpp-bf16"),
-           "int8": ("modelport-int8", "llamacpp-q8_0", "llamacpp-q4_1")}  # fmt: skip
-"""Engines that hold the weights in as many bits; the first of each is ours, and is compared with the others."""
+CLASSES = {
+    "full": ("modelport", "transformers", "transformers-batch", "vllm", "llamacpp-bf16"),
+    "float32": ("modelport-f32", "transformers", "transformers-batch", "vllm"),
+    "quantised": ("modelport-int8", "llamacpp-q8_0", "llamacpp-q4_1"),
+}
+"""The first of each is ours, and is compared with the others, each at what suits it best on the machine."""
 
 
 def summarize(result: dict[str, Any]) -> dict[str, Any]:
@@ -26,7 +29,8 @@ def summarize(result: dict[str, Any]) -> dict[str, Any]:
                 if ours in engines and other in engines:
                     names = [n for n in medians[case][ours] if n != "seconds"]
                     ratios.setdefault(case, {})[f"{ours} / {other}"] = {
-                        name: measure.ratio(_series(engines[ours], name), _series(engines[other], name)) for name in names
+                        name: measure.ratio(_series(engines[ours], name), _series(engines[other], name))
+                        for name in names
                     }
     return {"medians": medians, "ratios": ratios, "shares": _shares(result, rounds), "agreement": _agreement(result)}
 
@@ -36,10 +40,13 @@ def _series(found: dict[int, measure.Figures], name: str) -> dict[int, float]:
 
 
 def _shares(result: dict[str, Any], rounds: dict) -> dict[str, dict[str, float]]:
-    """How much of the machine's limit of the same round is reached: memory for one sequence, products for prompts."""
+    """How much of the machine's limit of the same round is reached: memory for one sequence, products for prompts.
+
+    Bytes are those of bf16 weights, whatever an engine reads.
+    """
     model, shares = result["model"], {}
     limits = dict(enumerate(result["limits"]))
-    for engine in CLASSES["bf16"]:
+    for engine in CLASSES["full"]:
         decode = _series(rounds.get("decode-1", {}).get(engine, {}), "decode_tok_s")
         prefill = _series(rounds.get("prefill-1024", {}).get(engine, {}), "prefill_tok_s")
         found = {
@@ -47,9 +54,9 @@ def _shares(result: dict[str, Any], rounds: dict) -> dict[str, dict[str, float]]
                 {n: rate * model["bytes_per_token"] for n, rate in decode.items()},
                 {n: one["read_bytes_s"] for n, one in limits.items()},
             ),
-            "prefill-1024 of bf16 products": measure.ratio(
+            "prefill-1024 of matrix rate": measure.ratio(
                 {n: rate * model["flop_per_token_at_1024"] for n, rate in prefill.items()},
-                {n: one["bfloat16_flop_s"] for n, one in limits.items()},
+                {n: max(one["bfloat16_flop_s"], one["float32_flop_s"]) for n, one in limits.items()},
             ),
         }
         if any(found.values()):

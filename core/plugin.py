@@ -43,7 +43,8 @@ class Architecture:
     :ivar model: the model class, or `"module:Class"` when importing it is heavy. Called with the configuration.
     :ivar config: pydantic class that lists what the model reads from `config.json`.
     :ivar rename: checkpoint name prefixes to replace, `{"transformer.": "model."}`; the longest match wins.
-    :ivar weights: called with the checkpoint's `(name, tensor)` stream, after `rename`: split, stack, transpose.
+    :ivar weights: called with the checkpoint's `(name, tensor)` stream, after `rename`, and the configuration; splits,
+        stacks, transposes, and yields what the model takes.
     :ivar ignore: patterns (`fnmatch`) of checkpoint tensors that the model does not need, such as stored masks.
     :ivar tasks: what the model does; `"generate"` is the only one so far.
     :ivar reference: what proves it right, `"transformers:AcmeForCausalLM"`.

@@ -1,7 +1,8 @@
 """transformers as the benchmark's engine: `generate`, or with `batching` its continuous batching.
 
-Settings: `model`; `batching`; `threads`; `attention` (sdpa by default); `cache` (`static` pads to a fixed length);
-for batching `page_size` and `max_batch_tokens`. Its cache is made to measure for each job, before the clock starts.
+Settings: `model`; `dtype`; `batching`; `threads`; `attention` (sdpa by default); `cache` (`static` pads to a fixed
+length); for batching `page_size` and `max_batch_tokens`. The cache of continuous batching is made to measure for each
+job, before the clock starts.
 """
 
 import time
@@ -18,7 +19,9 @@ class Transformers:
         if "threads" in settings:
             torch.set_num_threads(settings["threads"])
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            settings["model"], dtype=torch.bfloat16, attn_implementation=settings.get("attention", "sdpa")
+            settings["model"],
+            dtype=settings.get("dtype", "bfloat16"),
+            attn_implementation=settings.get("attention", "sdpa"),
         ).eval()
         self.model.generation_config.eos_token_id = None
         self.model.generation_config.pad_token_id = 0

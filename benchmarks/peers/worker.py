@@ -3,9 +3,10 @@
 Decisions: standard library only, since each engine has an interpreter of its own; whatever an engine prints goes to
 stderr, so that answers stay readable. A worker that waits for a line computes nothing.
 
-First line in:  settings.                           Answer: `{"ready": {...what `about` says, import_s, load_s}}`.
-Further lines:  `{"requests": [{"arrival", "prompt", "max_tokens"}]}`. Answer: `{"times", "tokens", "peak_memory_bytes"}`,
-where times are seconds from the job's start for each token of each request, or `{"error": text}`.
+First line in: settings. Answer: `{"ready": {what the engine says about itself}}`.
+Further lines: `{"requests": [{"arrival", "prompt", "max_tokens"}]}`.
+Answers: `{"times", "tokens", "peak_memory_bytes"}`, times being seconds from the job's start for each token of each
+request; or `{"unsupported": why}`; or `{"error": text}`.
 """
 
 import json

@@ -185,7 +185,8 @@ def _summary(result: dict[str, Any]) -> str:
     if result["peak_memory_bytes"] is not None:
         parts.append(f"peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB")
     if "cache_bytes" in result:
-        parts.append(f"weights {result['weight_bytes'] / 1e6:.0f} MB, cache of up to {result['cache_bytes'] / 1e6:.0f} MB, {result['threads']} threads")
+        weights, cache = (result[name] / 1e6 for name in ("weight_bytes", "cache_bytes"))
+        parts.append(f"weights {weights:.0f} MB, cache of up to {cache:.0f} MB; {result['threads']} threads")
     return "; ".join(parts)
 
 
