@@ -36,6 +36,7 @@ setup(
             "modelport.kernels.cpu._lib",
             sources=[str(FOLDER / name) for name in BUILD["SOURCES"]],
             depends=[str(FOLDER / name) for name in BUILD["HEADERS"]],
+            extra_link_args=BUILD["LINK_ARGS"],
             extra_compile_args=[*BUILD["COMPILE_ARGS"], "-g0"],  # Python asks for debug symbols, ten times the code
             language="c++",
             py_limited_api=True,

@@ -150,6 +150,7 @@ def _bars(axes: Any, title: str, engines: list[str], values: dict[str, float], l
     axes.set_title(title)
     axes.invert_yaxis()
     axes.margins(x=0.2)
+    axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)  # the bars carry their values
     if log and shown:
         axes.set_xlim(min(values.values()) / 3, max(values.values()) * 3)
     axes.tick_params(axis="y", labelsize=8)

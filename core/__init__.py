@@ -3,12 +3,17 @@
 Names are resolved on first use, so that `import modelport` imports neither torch nor anything else heavy.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 API_VERSION = 1
 """Major version of the plugin contract; a plugin module declares the one it was written for as `modelport_api`."""
+
+# torch's OpenMP threads spin for milliseconds after each of its operations, on processors that our kernels' threads
+# need; a short spin costs torch next to nothing. Read once, when torch is imported; a value that is set stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from modelport.config import EngineConfig as EngineConfig

@@ -8,8 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import torch
-
 from modelport.config import EngineConfig
 from modelport.engine.cache import BlockPool
 from modelport.engine.memory import cache_budget, zeros

@@ -10,6 +10,7 @@ from pathlib import Path
 
 SOURCES = [
     "module.cpp",
+    "pool.cpp",
     "variant_portable.cpp",
     "variant_avx2.cpp",
     "variant_avx512.cpp",
@@ -18,9 +19,8 @@ SOURCES = [
 ]  # fmt: skip
 HEADERS = ["kernels.h", "simd.h", "rows.inc", "rope.inc", "matrix.inc", "linear.inc", "attention.inc", "variant.inc"]
 COMPILE_ARGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti",
-                "-fvisibility=hidden", "-Wno-psabi"]  # fmt: skip
-if sys.platform == "linux":
-    COMPILE_ARGS.append("-fopenmp")  # compile only: torch's OpenMP library serves at run time
+                "-fvisibility=hidden", "-Wno-psabi", "-pthread"]  # fmt: skip
+LINK_ARGS = ["-pthread"]
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         return 1
     target = here / "_lib.abi3.so"
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    link = [*compiler.split(), "-shared", *undefined, *(str(made) for made, _ in jobs), "-o", str(target)]
+    link = [*compiler.split(), "-shared", *LINK_ARGS, *undefined, *(str(made) for made, _ in jobs), "-o", str(target)]
     code = subprocess.call(link)
     for made, _ in jobs:
         made.unlink()

@@ -74,6 +74,9 @@ struct Linear {
     int dtype, threads;
 };
 
+// f(with, part, parts) for every part in [0, parts), some of them on other threads; see pool.cpp.
+void run_parts(int parts, void (*f)(void *, int, int), void *with);
+
 struct Kernels {
     const char *name;
     void (*rms_norm)(const Norm &);

@@ -246,19 +246,11 @@ INLINE vf erf(vf x) {  // rational approximation, |x| <= 4
 
 // f(thread, threads), in parallel when the work is worth waking somebody: about a microsecond per thread.
 // The body is a function of its own: inlined into both branches it would double the code and the compile time.
-template <class F> static __attribute__((noinline)) void call(F &f, int thread, int threads) { f(thread, threads); }
+template <class F> static __attribute__((noinline)) void call(void *f, int part, int parts) { (*(F *)f)(part, parts); }
 template <class F> INLINE void parallel(int threads, int64_t tasks, double work, F f) {
     int64_t useful = least(tasks, (int64_t)(work / 20000.0));
-#ifdef _OPENMP
-    if (threads > 1 && useful > 1) {
-        // always the same team size: libgomp ends and starts threads when it changes
-#pragma omp parallel num_threads(threads)
-        call(f, omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    (void)useful, (void)threads;
-    call(f, 0, 1);
+    if (threads > 1 && useful > 1) run_parts(threads, call<F>, &f);
+    else call<F>(&f, 0, 1);
 }
 
 struct Scratch {  // grows, belongs to one thread; large ones are given back
