@@ -20,7 +20,7 @@ from modelport.plugin import Plugins
 from modelport.request import Logprob, Request
 
 logger = logging.getLogger(__name__)
-CHUNK = 512
+CHUNK = 256
 """Tokens in one step when the user does not say: long enough for good matrix products, short enough that running
 requests wait little for somebody's prompt."""
 
