@@ -94,11 +94,6 @@ class BlockPool:
         request.blocks.clear()
         request.num_published = 0
 
-    def forget(self) -> None:
-        """Drop all knowledge of contents; blocks in use stay in use."""
-        self._block_of.clear()
-        self._hash_of = [None] * self.num_blocks
-
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         size, hashes = self.block_size, request.block_hashes
         for index in range(len(hashes), num_tokens // size):
