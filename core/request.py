@@ -74,7 +74,8 @@ class Request:
 
     :ivar text: what its caller has been told of the output's text.
     :ivar num_computed: tokens whose keys and values lie in the cache.
-    :ivar blocks: cache blocks in order.
+    :ivar encoder_token_ids: of encoder-decoder models: what the encoder reads; empty otherwise.
+    :ivar blocks: cache blocks in order, for each group of layers; empty while it has none.
     :ivar block_hashes: hash chain over the full blocks of `token_ids`, as far as it has been needed.
     :ivar num_published: blocks, from the first on, that the cache knows by their hash.
     :ivar slot: row in the runner's tables, -1 while it has none.
@@ -94,7 +95,8 @@ class Request:
     leader: Request | None = None
     text: str = ""
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    encoder_token_ids: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
     slot: int = -1

@@ -1,25 +1,27 @@
-"""Blocks of the key-value cache: which are free, which are shared, and which hold a known beginning of a prompt.
+"""The paged cache: blocks that are free, shared, or hold a known beginning of a prompt, for every group of layers.
 
-Decisions: a full block is known by a hash chained over all tokens before it, so that equal beginnings, and only they,
-share blocks; a free block keeps its contents until it is needed, least recently used first. Each operation costs time
-in the blocks that it touches.
+Decisions: layers that forget alike (everything kept, one sliding window, an encoder's keys) form a group with a pool of
+blocks and a row of block numbers per request; a full block is known by a hash chained over all tokens before it, so
+that equal beginnings, and only they, share blocks; a free block keeps its contents until it is needed, least recently
+used first. Each operation costs time in the blocks that it touches.
 """
 
 from array import array
 from collections import OrderedDict
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from modelport.request import Request
 
+GONE = -1
+"""In place of a block that a sliding window has passed."""
+
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens, handed out by reference count.
+    """`num_blocks` blocks, handed out by reference count, known by a hash of what they hold."""
 
-    :param prefix_caching: look full blocks up by their tokens; without it every request computes its whole prompt.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True):
-        self.num_blocks, self.block_size, self.prefix_caching = num_blocks, block_size, prefix_caching
+    def __init__(self, num_blocks: int):
+        self.num_blocks = num_blocks
         self._references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -29,70 +31,171 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
+    def find(self, digest: bytes) -> int | None:
+        return self._block_of.get(digest)
+
+    def take(self) -> int:
+        """The free block that was used longest ago; what it held is lost."""
+        block, _ = self._free.popitem(last=False)
+        digest = self._hash_of[block]
+        if digest is not None:
+            del self._block_of[digest]
+            self._hash_of[block] = None
+        self._references[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        if self._references[block] == 0:
+            del self._free[block]
+        self._references[block] += 1
+
+    def publish(self, block: int, digest: bytes) -> None:
+        if digest not in self._block_of:  # else a twin was computed at the same time; the first one stays known
+            self._block_of[digest] = block
+            self._hash_of[block] = digest
+
+    def release(self, block: int) -> None:
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            self._free[block] = None
+            if self._hash_of[block] is None:  # nothing to remember: first to be reused
+                self._free.move_to_end(block, last=False)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers whose blocks come and go together.
+
+    :ivar window: keys closer than this are read; 0 for all.
+    :ivar cross: holds the encoder's tokens.
+    """
+
+    pool: BlockPool
+    window: int = 0
+    cross: bool = False
+
+
+def most_blocks(window: int, chunk: int, block_size: int) -> int:
+    """Blocks that a request of any length holds at most in a group, computing up to `chunk` tokens in a step."""
+    return (window + chunk) // block_size + 2 if window else 1 << 62
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A known beginning of a request: its length in tokens, and its blocks in each group."""
+
+    num_tokens: int
+    blocks: list[list[int]]
+
+
+class Cache:
+    """The groups of a model, and the requests' share in them.
+
+    :param prefix_caching: look full blocks up by their tokens; without it every request computes its whole prompt.
+    """
+
+    def __init__(self, groups: list[Group], block_size: int, prefix_caching: bool = True):
+        self.groups, self.block_size, self.prefix_caching = groups, block_size, prefix_caching
+
+    @property
+    def no_hit(self) -> Hit:
+        return Hit(0, [[] for _ in self.groups])
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def lookup(self, request: Request) -> list[int]:
-        """The longest chain of known blocks at the beginning of `request`, at least one token short of its end."""
+    def lookup(self, request: Request) -> Hit:
+        """The longest beginning of `request` that every group knows, at least one token short of its end."""
         if not self.prefix_caching:
-            return []
-        known: list[int] = []
-        self._extend_hashes(request, len(request.token_ids) - 1)  # the last token is computed, for its logits
-        for digest in request.block_hashes[: (len(request.token_ids) - 1) // self.block_size]:
-            block = self._block_of.get(digest)
-            if block is None:
-                break
-            known.append(block)
-        return known
+            return self.no_hit
+        most = (len(request.token_ids) - 1) // self.block_size  # the last token is computed, for its logits
+        self._extend_hashes(request, most * self.block_size)
+        known: list[list[int]] = [[] for _ in self.groups]
+        for group, blocks in zip(self.groups, known, strict=True):
+            for digest in request.block_hashes[:most]:
+                block = group.pool.find(digest)
+                if block is None and not group.window:
+                    break
+                blocks.append(GONE if block is None else block)
+            most = min(most, len(blocks))
+        shorter = True
+        while shorter:  # a block that one window misses can shorten what another one needs
+            shorter = False
+            for group, blocks in zip(self.groups, known, strict=True):
+                for index in range(most - 1, self._first_needed(group, most * self.block_size) - 1, -1):
+                    if blocks[index] == GONE:  # missed by every beginning that is longer than this
+                        most, shorter = index, True
+                        break
+        for group, blocks in zip(self.groups, known, strict=True):
+            first = self._first_needed(group, most * self.block_size)
+            blocks[:] = [GONE] * first + blocks[first:most]
+        return Hit(most * self.block_size, known)
 
-    def share(self, request: Request, known: list[int]) -> None:
+    def missing(self, request: Request, chunk: int) -> bool:
+        """Whether blocks are short for all tokens of `request`, when it computes up to `chunk` of them in a step."""
+        return any(
+            min(self._blocks(group, request, len(request.token_ids)), most_blocks(group.window, chunk, self.block_size))
+            - sum(block != GONE for block in blocks)
+            > group.pool.num_free
+            for group, blocks in zip(self.groups, request.blocks, strict=True)
+        )
+
+    def share(self, request: Request, hit: Hit) -> None:
         """Give `request`, which holds no blocks, those that `lookup` found."""
         assert not request.blocks
-        for block in known:
-            if self._references[block] == 0:
-                del self._free[block]
-            self._references[block] += 1
-        request.blocks.extend(known)
-        request.num_published = len(known)
+        for group, known in zip(self.groups, hit.blocks, strict=True):
+            for block in known:
+                if block != GONE:
+                    group.pool.share(block)
+        request.blocks = [list(known) for known in hit.blocks]
+        request.num_published = hit.num_tokens // self.block_size
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        """Give `request` blocks for `num_tokens` in all; False, and nothing changed, when there are too few."""
-        wanted = self.blocks_for(num_tokens) - len(request.blocks)
-        if wanted > len(self._free):
+        """Give `request` blocks for `num_tokens` in all; False, and nothing changed, when a group has too few."""
+        wanted = [
+            self._blocks(group, request, num_tokens) - len(blocks)
+            for group, blocks in zip(self.groups, request.blocks, strict=True)
+        ]
+        if any(count > group.pool.num_free for group, count in zip(self.groups, wanted, strict=True)):
             return False
-        for _ in range(wanted):
-            block, _ = self._free.popitem(last=False)
-            digest = self._hash_of[block]
-            if digest is not None:  # its old contents are lost now
-                del self._block_of[digest]
-                self._hash_of[block] = None
-            self._references[block] = 1
-            request.blocks.append(block)
+        for group, blocks, count in zip(self.groups, request.blocks, wanted, strict=True):
+            for _ in range(count):
+                blocks.append(group.pool.take())
         return True
 
-    def publish(self, request: Request) -> None:
-        """Make the blocks that `request` has filled known to others; called after their keys are written."""
-        if not self.prefix_caching:
-            return
-        self._extend_hashes(request, request.num_computed)
+    def computed(self, request: Request) -> None:
+        """Make the blocks that `request` has filled known to others, and give back those behind a sliding window."""
         full = request.num_computed // self.block_size
-        for index in range(request.num_published, full):
-            digest, block = request.block_hashes[index], request.blocks[index]
-            if digest not in self._block_of:  # else a twin was computed at the same time; the first one stays known
-                self._block_of[digest] = block
-                self._hash_of[block] = digest
-        request.num_published = full
+        if self.prefix_caching and full > request.num_published:
+            self._extend_hashes(request, full * self.block_size)
+            for group, blocks in zip(self.groups, request.blocks, strict=True):
+                for index in range(request.num_published, full):
+                    if blocks[index] != GONE:
+                        group.pool.publish(blocks[index], request.block_hashes[index])
+            request.num_published = full
+        for group, blocks in zip(self.groups, request.blocks, strict=True):
+            if group.window:
+                index = self._first_needed(group, request.num_computed) - 1
+                while index >= 0 and blocks[index] != GONE:
+                    group.pool.release(blocks[index])
+                    blocks[index] = GONE
+                    index -= 1
 
     def release(self, request: Request) -> None:
         """Take back all blocks; the end of the sequence is forgotten before its beginning."""
-        for block in reversed(request.blocks):
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free[block] = None
-                if self._hash_of[block] is None:  # nothing to remember: first to be reused
-                    self._free.move_to_end(block, last=False)
-        request.blocks.clear()
+        for group, blocks in zip(self.groups, request.blocks, strict=True):
+            for block in reversed(blocks):
+                if block != GONE:
+                    group.pool.release(block)
+        request.blocks = []
         request.num_published = 0
+
+    def _blocks(self, group: Group, request: Request, num_tokens: int) -> int:
+        return self.blocks_for(len(request.encoder_token_ids) if group.cross else num_tokens)
+
+    def _first_needed(self, group: Group, num_tokens: int) -> int:
+        """First block that the token after `num_tokens` reads."""
+        return max(0, num_tokens - group.window + 1) // self.block_size if group.window else 0
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         size, hashes = self.block_size, request.block_hashes

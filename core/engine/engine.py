@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable
 
 from modelport.config import EngineConfig
-from modelport.engine.cache import BlockPool
-from modelport.engine.memory import cache_budget, zeros
+from modelport.engine.cache import Cache
+from modelport.engine.memory import attach_memory
 from modelport.engine.runner import Runner, StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan, Scheduler
 from modelport.loading.model import Description, build
-from modelport.modeling.attention import Attention
 from modelport.plugin import Plugins
 from modelport.request import Logprob, Request
 
@@ -46,42 +45,20 @@ class Engine:
             )
         wanted = settings.max_model_len or limit
         self.model = build(about, plugins, settings, wanted, progress)
-        attentions = [m for m in self.model.modules() if isinstance(m, Attention)]
-        num_blocks = self._num_blocks(attentions, about, settings, wanted, seqs)
-        self.max_model_len = self._fitting_length(num_blocks * settings.block_size, wanted, settings)
-        for layer in attentions:
-            spec = layer.cache_spec
-            shape = (num_blocks, spec.num_kv_heads, settings.block_size, spec.head_dim)
-            layer.attach(*(zeros(shape, about.dtype, about.device) for _ in range(2)))
-        self.pool = BlockPool(num_blocks, settings.block_size, settings.enable_prefix_caching)
-        self.scheduler = Scheduler(self.pool, seqs, chunk)
+        memory = attach_memory(self.model, settings, about.dtype, about.device, wanted, seqs, chunk)
+        self.max_model_len = memory.max_model_len
+        self.cache = Cache(memory.groups, settings.block_size, settings.enable_prefix_caching and memory.shareable)
+        self.scheduler = Scheduler(self.cache, memory.num_rows, chunk)
         self.runner = Runner(
-            self.model, about.config.vocab_size, seqs, self.max_model_len, settings.block_size, about.device
+            self.model,
+            about.config.vocab_size,
+            memory.num_rows,
+            self.max_model_len,
+            settings.block_size,
+            memory.groups,
+            about.device,
         )
         self.token_text: Callable[[int], str] | None = None  # text of one token, for log-probabilities
-
-    @staticmethod
-    def _num_blocks(
-        attentions: list[Attention], about: Description, settings: EngineConfig, length: int, seqs: int
-    ) -> int:
-        if settings.num_kv_blocks is not None:
-            return settings.num_kv_blocks
-        block = sum(a.cache_spec.bytes_per_block(settings.block_size, about.dtype) for a in attentions)
-        budget = settings.kv_cache_memory_bytes or cache_budget(about.device)
-        most = seqs * -(-length // settings.block_size)  # more could never be used
-        return max(1, min(most, budget // block))
-
-    @staticmethod
-    def _fitting_length(capacity: int, wanted: int, settings: EngineConfig) -> int:
-        if capacity >= wanted:
-            return wanted
-        if settings.max_model_len is not None:
-            raise ValueError(
-                f"max_model_len={wanted} tokens do not fit the cache, which has room for {capacity}; "
-                "lower max_model_len, or raise kv_cache_memory_bytes or num_kv_blocks"
-            )
-        logger.warning("max_model_len is %d, not the model's %d: the cache has no room for more", capacity, wanted)
-        return capacity
 
     @property
     def has_work(self) -> bool:

@@ -1,10 +1,23 @@
-"""How much memory is there, and how many cache blocks to make of it."""
+"""How much memory is there, and what to make of it: cache blocks for every group of layers, rows for recurrent states.
 
+Decisions: a group never gets more blocks than its requests can use at once, so a sliding window costs its window; what
+the budget holds beyond that goes to the groups that keep everything.
+"""
+
+import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+
+from modelport.config import EngineConfig
+from modelport.engine.cache import BlockPool, Group, most_blocks
+from modelport.modeling.cache import CacheSpec, StateSpec
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE = 4 << 30
 """Most bytes of cache that a CPU engine takes without being asked; pages are only touched when they are used."""
@@ -41,3 +54,97 @@ def cache_budget(device: torch.device) -> int:
     """Bytes for the cache when the user named none."""
     available = available_memory(device)
     return int(available * 0.85) if device.type == "cuda" else min(available // 2, DEFAULT_CPU_CACHE)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model got.
+
+    :ivar groups: of its paged caches.
+    :ivar num_rows: most running requests.
+    :ivar max_model_len: most tokens of one request.
+    :ivar shareable: whether equal beginnings of prompts can be shared between requests.
+    """
+
+    groups: list[Group]
+    num_rows: int
+    max_model_len: int
+    shareable: bool
+
+
+def attach_memory(
+    model: nn.Module,
+    settings: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    num_rows: int,
+    chunk: int,
+) -> Memory:
+    """Allocate and attach what the layers of `model` declare.
+
+    :param max_model_len: wanted; less is given when the cache has no room for it and the user named no length.
+    :param num_rows: wanted; fewer are given when their states take half the memory and the user named no number.
+    :param chunk: most tokens that a request computes in one step.
+    :raises ValueError: the user named a length that does not fit.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "cache_spec")]
+    paged = [layer for layer in layers if isinstance(layer.cache_spec, CacheSpec)]
+    recurrent = [layer for layer in layers if isinstance(layer.cache_spec, StateSpec)]
+    budget = settings.kv_cache_memory_bytes or cache_budget(device)
+    row = sum(layer.cache_spec.bytes_per_row(dtype) for layer in recurrent)
+    if row and settings.max_num_seqs is None:
+        num_rows = max(1, min(num_rows, budget // 2 // row))
+    size = settings.block_size
+    kinds = list(dict.fromkeys((layer.cache_spec.window, layer.cache_spec.cross) for layer in paged))
+    bytes_of = [
+        sum(s.bytes_per_block(size, dtype) for s in (p.cache_spec for p in paged) if (s.window, s.cross) == kind)
+        for kind in kinds
+    ]
+    per_row = [min(-(-max_model_len // size), most_blocks(window, chunk, size)) for window, _ in kinds]
+    limits = [num_rows * blocks for blocks in per_row]
+    if settings.num_kv_blocks is not None:
+        blocks = settings.num_kv_blocks
+    else:
+        blocks = _blocks_within(max(0, budget - num_rows * row), bytes_of, limits)
+    counts = [max(1, min(blocks, limit)) for limit in limits]
+    if any(count < least for count, least in zip(counts, per_row, strict=True)):  # else the whole length fits
+        max_model_len = _fitting_length(blocks * size, max_model_len, settings)
+    groups = [Group(BlockPool(n), *kind) for n, kind in zip(counts, kinds, strict=True)]
+    for layer in paged:
+        spec, group = layer.cache_spec, kinds.index((layer.cache_spec.window, layer.cache_spec.cross))
+        k_cache, v_cache = (
+            zeros((counts[group], spec.num_kv_heads, size, dim), dtype, device) if dim else None for dim in spec.dims
+        )
+        layer.attach(k_cache, v_cache, group)
+    for layer in recurrent:
+        spec = layer.cache_spec
+        layer.attach(
+            *(zeros((num_rows, *s), d or dtype, device) for s, d in zip(spec.shapes, spec.dtypes, strict=True))
+        )
+    shareable = bool(paged) and not recurrent and not any(cross for _, cross in kinds)
+    return Memory(groups, num_rows, max_model_len, shareable)
+
+
+def _blocks_within(budget: int, bytes_of: list[int], limits: list[int]) -> int:
+    """The most blocks for each group, or its limit where that is less, that `budget` bytes hold."""
+    low, high = 1, max(limits, default=1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(b * min(middle, limit) for b, limit in zip(bytes_of, limits, strict=True)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _fitting_length(capacity: int, wanted: int, settings: EngineConfig) -> int:
+    if capacity >= wanted:
+        return wanted
+    if settings.max_model_len is not None:
+        raise ValueError(
+            f"max_model_len={wanted} tokens do not fit the cache, which has room for {capacity}; "
+            "lower max_model_len, or raise kv_cache_memory_bytes or num_kv_blocks"
+        )
+    logger.warning("max_model_len is %d, not the model's %d: the cache has no room for more", capacity, wanted)
+    return capacity

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelport.batch import Batch
+from modelport.batch import Batch, Encoded, Pages
+from modelport.engine.cache import Group
 from modelport.engine.sampler import Sampler, TokenLogprobs, prompt_logprobs
 from modelport.engine.scheduler import Plan
 from modelport.modeling.decoder import Model, forward
@@ -36,6 +37,7 @@ class Runner:
 
     :param num_slots: rows.
     :param max_model_len: columns: most tokens of one request.
+    :param groups: of the cache; each has a table of block numbers.
     """
 
     def __init__(
@@ -45,14 +47,18 @@ class Runner:
         num_slots: int,
         max_model_len: int,
         block_size: int,
+        groups: list[Group],
         device: torch.device,
     ):
         self.model, self.device, self.block_size = model, device, block_size
         self.sampler = Sampler(vocab_size, num_slots, device)
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
-        self._blocks = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int32)
-        self._num_blocks = [0] * num_slots
+        columns = -(-max_model_len // block_size)
+        self._groups = groups
+        self._blocks = [np.zeros((num_slots, columns), dtype=np.int32) for _ in groups]
+        self._num_blocks = np.zeros((len(groups), num_slots), dtype=np.int32)
+        self._encoder_lens = np.zeros(num_slots, dtype=np.int32)
         self._outputs: list[list[int]] = [[] for _ in range(num_slots)]
 
     @torch.inference_mode()
@@ -69,14 +75,15 @@ class Runner:
         for request in plan.requests:
             self._note_blocks(request)
 
-        token_ids, batch = self._batch(slots, computed, counts)
+        token_ids, batch = self._batch(plan, slots, computed, counts)
         state = forward(self.model, token_ids, batch)
         return self._finish(plan, state, slots, computed, counts, lengths)
 
     def _join(self, request: Request) -> None:
         slot = request.slot
         self._token_ids[slot, : len(request.token_ids)] = request.token_ids
-        self._num_blocks[slot] = 0
+        self._num_blocks[:, slot] = 0
+        self._encoder_lens[slot] = len(request.encoder_token_ids)
         self._outputs[slot] = request.output_token_ids
         self.sampler.add(
             slot,
@@ -89,33 +96,63 @@ class Runner:
         )
 
     def _note_blocks(self, request: Request) -> None:
-        known, slot = self._num_blocks[request.slot], request.slot
-        if len(request.blocks) > known:
-            self._blocks[slot, known : len(request.blocks)] = request.blocks[known:]
-            self._num_blocks[slot] = len(request.blocks)
+        slot = request.slot
+        for table, counts, blocks in zip(self._blocks, self._num_blocks, request.blocks, strict=True):
+            known = counts[slot]
+            if len(blocks) > known:
+                table[slot, known : len(blocks)] = blocks[known:]
+                counts[slot] = len(blocks)
 
-    def _batch(self, slots: np.ndarray, computed: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Batch]:
+    def _batch(self, plan: Plan, slots: np.ndarray, computed: np.ndarray, counts: np.ndarray) -> tuple[Tensor, Batch]:
         starts = np.zeros(len(counts) + 1, dtype=np.int32)
         np.cumsum(counts, out=starts[1:])
         seq_lens = computed + counts
-        max_seq_len, max_query_len = int(seq_lens.max()), int(counts.max())
+        max_query_len = int(counts.max())
         if max_query_len == 1:
             rows, positions = slots, computed.astype(np.int64)
         else:
             rows = np.repeat(slots, counts)
             positions = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1] - computed, counts)
-        size = self.block_size
-        where = self._blocks[rows, positions // size].astype(np.int64) * size + positions % size
+        crosses = any(group.cross for group in self._groups)
         batch = Batch(
             positions=self._tensor(positions),
             query_starts=self._tensor(starts),
             seq_lens=self._tensor(seq_lens),
-            block_table=self._tensor(self._blocks[slots, : -(-max_seq_len // size)]),
-            slots=self._tensor(where),
+            pages=tuple(
+                self._cross_pages(table, plan, slots)
+                if group.cross
+                else self._pages(table, slots, int(seq_lens.max()), rows, positions)
+                for group, table in zip(self._groups, self._blocks, strict=True)
+            ),
+            state_slots=self._tensor(slots),
             max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
+            encoded=self._encode(plan, rows, slots) if crosses else None,
         )
         return self._tensor(self._token_ids[rows, positions].astype(np.int64)), batch
+
+    def _pages(
+        self, table: np.ndarray, slots: np.ndarray, longest: int, rows: np.ndarray, positions: np.ndarray
+    ) -> Pages:
+        size = self.block_size
+        where = table[rows, positions // size].astype(np.int64) * size + positions % size
+        return Pages(self._tensor(table[slots, : -(-longest // size)]), self._tensor(where))
+
+    def _cross_pages(self, table: np.ndarray, plan: Plan, slots: np.ndarray) -> Pages:
+        """Slots are those of the encoder's tokens, which are written by the step that a request joins."""
+        joined = np.fromiter((r.slot for r in plan.joined), np.int64, len(plan.joined))
+        lens = self._encoder_lens[joined]
+        positions = np.concatenate([np.arange(n) for n in lens]) if len(lens) else np.zeros(0, np.int64)
+        longest = int(self._encoder_lens[slots].max())
+        return self._pages(table, slots, longest, np.repeat(joined, lens), positions)
+
+    def _encode(self, plan: Plan, rows: np.ndarray, slots: np.ndarray) -> Encoded:
+        states = None
+        if plan.joined:
+            token_ids = np.concatenate([np.asarray(r.encoder_token_ids, np.int64) for r in plan.joined])
+            starts = np.cumsum([0, *(len(r.encoder_token_ids) for r in plan.joined)], dtype=np.int32)
+            states = self.model.encode(self._tensor(token_ids), self._tensor(starts))
+        lens = self._encoder_lens
+        return Encoded(states, self._tensor(lens[slots]), self._tensor(lens[rows]))
 
     def _finish(
         self,

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from modelport.engine.cache import BlockPool
+from modelport.engine.cache import Cache
 from modelport.request import Request
 
 
@@ -24,14 +24,14 @@ class Plan:
 
 
 class Scheduler:
-    """Queues, the block pool, and the slots (rows of the runner's tables).
+    """Queues, the cache, and the slots (rows of the runner's tables).
 
     :param max_num_seqs: most running requests; also the number of slots.
     :param max_num_batched_tokens: most tokens in one step.
     """
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int):
-        self.pool, self.max_num_batched_tokens = pool, max_num_batched_tokens
+    def __init__(self, cache: Cache, max_num_seqs: int, max_num_batched_tokens: int):
+        self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._followers: dict[int, list[Request]] = {}  # id of a leader -> those that wait for its prompt
@@ -43,7 +43,7 @@ class Scheduler:
         return len(self.waiting) + sum(map(len, self._followers.values()))
 
     def add(self, request: Request) -> None:
-        if request.leader is not None and self.pool.prefix_caching:
+        if request.leader is not None and self.cache.prefix_caching:
             self._followers.setdefault(id(request.leader), []).append(request)
         else:
             self.waiting.append(request)
@@ -55,7 +55,7 @@ class Scheduler:
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             count = min(len(request.token_ids) - request.num_computed, budget)
-            while not self.pool.grow(request, request.num_computed + count):
+            while not self.cache.grow(request, request.num_computed + count):
                 preempted = True
                 victim = self.running.pop()
                 self._preempt(victim)
@@ -84,7 +84,7 @@ class Scheduler:
     def computed(self, request: Request, count: int) -> None:
         """Note that a step wrote the keys of `count` more tokens of `request`."""
         request.num_computed += count
-        self.pool.publish(request)
+        self.cache.computed(request)
         if self._followers and request.num_computed >= request.num_prompt_tokens:
             self._release_followers(request)
 
@@ -106,24 +106,23 @@ class Scheduler:
     def _admit(self, request: Request, budget: int) -> int:
         """Blocks and a slot for a waiting request; the number of tokens that it computes now, 0 when it must wait."""
         # Prompt log-probabilities need logits of every prompt row, so nothing of it may come from the cache.
-        known = [] if request.params.prompt_logprobs is not None else self.pool.lookup(request)
-        cached = len(known) * self.pool.block_size
+        scored = request.params.prompt_logprobs is not None
+        hit = self.cache.no_hit if scored else self.cache.lookup(request)
         # All of it must fit, not just the first chunk: else admission and preemption would take turns. Known blocks
         # that nobody uses count as free, so they are taken first.
-        self.pool.share(request, known)
-        missing = self.pool.blocks_for(len(request.token_ids)) - len(known)
-        if missing > self.pool.num_free:
-            self.pool.release(request)
+        self.cache.share(request, hit)
+        if self.cache.missing(request, self.max_num_batched_tokens):
+            self.cache.release(request)
             return 0
-        count = min(len(request.token_ids) - cached, budget)
-        grown = self.pool.grow(request, cached + count)
+        count = min(len(request.token_ids) - hit.num_tokens, budget)
+        grown = self.cache.grow(request, hit.num_tokens + count)
         assert grown
-        request.num_computed = cached
+        request.num_computed = hit.num_tokens
         request.slot = self._slots.pop()
         metrics = request.metrics
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = time.monotonic()
-            metrics.num_cached_tokens = cached
+            metrics.num_cached_tokens = hit.num_tokens
         return count
 
     def _preempt(self, request: Request) -> None:
@@ -133,7 +132,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _give_back(self, request: Request) -> None:
-        self.pool.release(request)
+        self.cache.release(request)
         self._left.append(request.slot)
         self._slots.append(request.slot)
         request.slot = -1

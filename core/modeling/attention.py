@@ -4,30 +4,13 @@ Decisions: the layer declares the memory that it needs (`CacheSpec`), the core a
 that changes from step to step comes in the `Batch`.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 
 from modelport.batch import Batch
 from modelport.kernels import attention as kernel
 from modelport.kernels import kv_cache
+from modelport.modeling.cache import CacheSpec
 from modelport.modeling.rope import Rope
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """Memory that a layer keeps between steps: keys and values of every token, in blocks.
-
-    :ivar window: only the last `window` keys are ever read; 0 for all.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    window: int = 0
-
-    def bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
-        return 2 * self.num_kv_heads * block_size * self.head_dim * dtype.itemsize
 
 
 class Attention(nn.Module):
@@ -62,28 +45,33 @@ class Attention(nn.Module):
         self.cache_spec = CacheSpec(num_kv_heads, head_dim, window)
         self.k_cache: Tensor | None = None
         self.v_cache: Tensor | None = None
+        self.group = 0
 
-    def attach(self, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Take the layer's cache, two tensors (blocks, num_kv_heads, block_size, head_dim); called by the core."""
-        self.k_cache, self.v_cache = k_cache, v_cache
+    def attach(self, k_cache: Tensor, v_cache: Tensor, group: int) -> None:
+        """Take the layer's cache, two tensors (blocks, num_kv_heads, block_size, head_dim); called by the core.
+
+        :param group: which of `Batch.pages` is the layer's.
+        """
+        self.k_cache, self.v_cache, self.group = k_cache, v_cache, group
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q: (tokens, num_heads, head_dim), k, v: (tokens, num_kv_heads, head_dim) -> (tokens, num_heads * head_dim).
 
         q and k are rotated in place: they are fresh results of a projection.
         """
+        pages = batch.pages[self.group]
         if self.rope is None:
-            kv_cache.write(k, v, self.k_cache, self.v_cache, batch.slots)
+            kv_cache.write(k, v, self.k_cache, self.v_cache, pages.slots)
         else:
             kv_cache.rope_write(
                 q, k, v, batch.positions, self.rope.cos_sin, self.rope.interleaved, self.k_cache, self.v_cache,
-                batch.slots,
+                pages.slots,
             )  # fmt: skip
         out = kernel.paged_attention(
             q,
             self.k_cache,
             self.v_cache,
-            batch.block_table,
+            pages.block_table,
             batch.query_starts,
             batch.seq_lens,
             self.scale,

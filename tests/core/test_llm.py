@@ -194,7 +194,8 @@ def test_streams_may_be_read_in_turn_and_left_early(llm):
     left.close()
     assert [list(list(s)[-1].outputs[0].token_ids) for s in (one, two)] == want
     assert not llm._front.engine.has_work
-    assert llm._front.engine.pool.num_free == llm._front.engine.pool.num_blocks
+    (group,) = llm._front.engine.cache.groups
+    assert group.pool.num_free == group.pool.num_blocks
 
 
 BAD_INPUT = [

@@ -2,10 +2,14 @@
 
 import pytest
 
-from modelport.engine.cache import BlockPool
+from modelport.engine.cache import BlockPool, Cache, Group
 from modelport.engine.scheduler import Scheduler
 from modelport.request import Request
 from modelport.sampling_params import SamplingParams
+
+
+def cache(num_blocks: int, block_size: int, prefix_caching: bool = True) -> Cache:
+    return Cache([Group(BlockPool(num_blocks))], block_size, prefix_caching)
 
 
 def request(name: str, length: int, leader: Request | None = None, **params) -> Request:
@@ -17,7 +21,7 @@ def run(scheduler: Scheduler) -> dict[str, int]:
     """One step: everybody computes what was planned and, at the end of its tokens, gets one more."""
     plan = scheduler.plan()
     for r, count in zip(plan.requests, plan.counts, strict=True):
-        assert len(r.blocks) * scheduler.pool.block_size >= r.num_computed + count
+        assert len(r.blocks[0]) * scheduler.cache.block_size >= r.num_computed + count
         scheduler.computed(r, count)
         if r.num_computed == len(r.token_ids):
             r.token_ids.append(0)
@@ -25,7 +29,7 @@ def run(scheduler: Scheduler) -> dict[str, int]:
 
 
 def test_prompts_are_cut_into_chunks_and_run_beside_new_tokens():
-    scheduler = Scheduler(BlockPool(64, 4), 8, 10)
+    scheduler = Scheduler(cache(64, 4), 8, 10)
     scheduler.add(request("a", 4))
     scheduler.add(request("b", 15))
     assert run(scheduler) == {"a": 4, "b": 6}
@@ -34,7 +38,7 @@ def test_prompts_are_cut_into_chunks_and_run_beside_new_tokens():
 
 
 def test_no_more_requests_than_slots_run():
-    scheduler = Scheduler(BlockPool(64, 4), 2, 100)
+    scheduler = Scheduler(cache(64, 4), 2, 100)
     for name in "abc":
         scheduler.add(request(name, 3))
     assert set(run(scheduler)) == {"a", "b"}
@@ -43,7 +47,7 @@ def test_no_more_requests_than_slots_run():
 
 
 def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back_first():
-    scheduler = Scheduler(BlockPool(4, 2, prefix_caching=False), 4, 100)
+    scheduler = Scheduler(cache(4, 2, prefix_caching=False), 4, 100)
     a, b, c = request("a", 3), request("b", 4), request("c", 3)
     for r in (a, b, c):
         scheduler.add(r)
@@ -58,7 +62,7 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back_first():
 
 
 def test_a_request_is_only_admitted_when_all_of_it_fits():
-    scheduler = Scheduler(BlockPool(4, 2), 4, 2)
+    scheduler = Scheduler(cache(4, 2), 4, 2)
     scheduler.add(request("a", 3))
     scheduler.add(request("b", 6))
     for _ in range(3):
@@ -66,7 +70,7 @@ def test_a_request_is_only_admitted_when_all_of_it_fits():
 
 
 def test_followers_wait_for_the_prompt_and_then_share_it():
-    scheduler = Scheduler(BlockPool(64, 2), 8, 4)
+    scheduler = Scheduler(cache(64, 2), 8, 4)
     leader = request("lead", 7)
     followers = [request(f"f{i}", 0, leader=leader) for i in range(2)]
     for r in (leader, *followers):
@@ -76,12 +80,12 @@ def test_followers_wait_for_the_prompt_and_then_share_it():
     assert scheduler.num_waiting == 2
     assert run(scheduler) == {"lead": 1, "f0": 1, "f1": 1}
     assert followers[0].metrics.num_cached_tokens == 6
-    assert followers[0].blocks[:3] == leader.blocks[:3]
+    assert followers[0].blocks[0][:3] == leader.blocks[0][:3]
 
 
 @pytest.mark.parametrize("when", ["waiting", "running", "follower", "leader"])
 def test_finishing_takes_a_request_out_wherever_it_is(when):
-    scheduler = Scheduler(BlockPool(64, 2), 1, 100)
+    scheduler = Scheduler(cache(64, 2), 1, 100)
     leader = request("lead", 7)
     follower = request("f", 0, leader=leader)
     waiting = request("w", 3)
@@ -99,7 +103,7 @@ def test_finishing_takes_a_request_out_wherever_it_is(when):
 
 
 def test_slots_given_back_are_told_before_they_are_used_again():
-    scheduler = Scheduler(BlockPool(64, 2), 1, 100)
+    scheduler = Scheduler(cache(64, 2), 1, 100)
     a, b = request("a", 3), request("b", 3)
     scheduler.add(a)
     scheduler.add(b)
@@ -114,12 +118,12 @@ def test_slots_given_back_are_told_before_they_are_used_again():
 
 def test_the_cost_of_a_step_does_not_grow_with_the_queue():
     """Counted, not timed: planning looks at the head of the queue only."""
-    scheduler = Scheduler(BlockPool(64, 2), 1, 100)
+    scheduler = Scheduler(cache(64, 2), 1, 100)
     for i in range(200):
         scheduler.add(request(f"r{i}", 3))
     looked = []
-    lookup = scheduler.pool.lookup
-    scheduler.pool.lookup = lambda r: looked.append(r) or lookup(r)
+    lookup = scheduler.cache.lookup
+    scheduler.cache.lookup = lambda r: looked.append(r) or lookup(r)
     for _ in range(5):
         run(scheduler)
     assert len(looked) == 1
