@@ -54,6 +54,7 @@ struct Attention {
     const int32_t *starts, *lens;
     int64_t seqs;
     const float *alibi, *sinks;  // (heads,) or null
+    const int32_t *ends;         // (tokens,): row t sees keys [0, ends[t]); null: those up to its own position
     void *out;                   // (tokens, heads, v_dim) contiguous
     int dtype;
     int64_t window;

@@ -315,7 +315,7 @@ static PyObject *paged_attention(PyObject *, PyObject *const *args, Py_ssize_t c
     Reader r{args, count};
     Attention a{};
     Tensor q = r.t(), k = r.t(), v = r.t(), table = r.t(), starts = r.t(), lens = r.t(), alibi = r.maybe(),
-           sinks = r.maybe(), out = r.t();
+           sinks = r.maybe(), ends = r.maybe(), out = r.t();
     a.scale = (float)r.f(), a.window = r.i(), a.softcap = (float)r.f(), a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
     REQUIRE(r.good && q.rows(3) && k.rows(4) && v.rows(4) && q.floating() && q.dtype == k.dtype && q.dtype == v.dtype);
@@ -326,13 +326,14 @@ static PyObject *paged_attention(PyObject *, PyObject *const *args, Py_ssize_t c
     REQUIRE(lens.list(INT32, a.seqs) && starts.list(INT32, a.seqs + 1));
     REQUIRE(table.rows(2) && table.dtype == INT32 && table.n[0] >= a.seqs);
     REQUIRE((!alibi.data || alibi.list(FLOAT32, q.n[1])) && (!sinks.data || sinks.list(FLOAT32, q.n[1])));
+    REQUIRE(!ends.data || ends.list(INT32, q.n[0]));
     a.q = q.data, a.q_token = q.stride[0], a.q_head = q.stride[1], a.tokens = q.n[0], a.heads = q.n[1];
     a.head_dim = q.n[2], a.k = k.data, a.k_block = k.stride[0], a.k_head = k.stride[1], a.k_slot = k.stride[2];
     a.v = v.data, a.v_block = v.stride[0], a.v_head = v.stride[1], a.v_slot = v.stride[2];
     a.blocks = k.n[0], a.kv_heads = k.n[1], a.block_size = k.n[2], a.v_dim = v.n[3];
     a.table = (const int32_t *)table.data, a.table_stride = table.stride[0], a.table_width = table.n[1];
     a.starts = (const int32_t *)starts.data, a.lens = (const int32_t *)lens.data;
-    a.alibi = (const float *)alibi.data, a.sinks = (const float *)sinks.data, a.out = out.data, a.dtype = q.dtype;
+    a.ends = (const int32_t *)ends.data, a.alibi = (const float *)alibi.data, a.sinks = (const float *)sinks.data, a.out = out.data, a.dtype = q.dtype;
     if (a.starts[0] != 0 || a.starts[a.seqs] > a.tokens)
         return refuse("query_starts must begin with 0 and end within the tokens; it ends with %lld of %lld",
                       a.starts[a.seqs], a.tokens);
@@ -341,7 +342,7 @@ static PyObject *paged_attention(PyObject *, PyObject *const *args, Py_ssize_t c
         int64_t queries = a.starts[s + 1] - a.starts[s], len = a.lens[s];
         if (queries < 0) return refuse("query_starts goes down at sequence %lld of %lld", s, a.seqs);
         if (!queries) continue;
-        if (len < queries) return refuse("a sequence has %lld keys but %lld queries", len, queries);
+        if (len < queries && !a.ends) return refuse("a sequence has %lld keys but %lld queries", len, queries);
         int64_t used = (len + a.block_size - 1) / a.block_size;
         if (used > a.table_width) return refuse("a sequence needs %lld blocks, block_table has %lld columns", used, a.table_width);
         // blocks before a window may have been freed, so their entries are not looked at

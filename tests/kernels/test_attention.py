@@ -120,6 +120,98 @@ def test_freed_blocks_before_the_window() -> None:
     check(arguments, window=20)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "window"), [([(1, 100), (4, 90)], 20), ([(70, 300), (1, 700), (9, 65)], 33)])
+def test_nothing_before_the_window_is_read(sizes: list[tuple[int, int]], window: int, dtype: torch.dtype) -> None:
+    arguments = batch(sizes, 6, 2, 32, 32, 16, dtype)
+    clean = attention.paged_attention(**arguments, scale=0.2, max_query_len=70, window=window)
+    for i, (queries, keys) in enumerate(sizes):
+        low = max(0, keys - queries - window + 1)  # the first key that the sequence's first row sees
+        table = arguments["block_table"][i]
+        arguments["k_cache"][table[low // 16], :, : low % 16] = float("nan")
+        arguments["v_cache"][table[low // 16], :, : low % 16] = float("nan")
+        table[: low // 16] = torch.randint(-(1 << 31), 0, (low // 16,))
+    arguments["block_table"][0, 0] = 1 << 30
+    for attend in (attention.paged_attention, attention.paged_attention_reference):
+        got = attend(**arguments, scale=0.2, max_query_len=70, window=window)
+        torch.testing.assert_close(got, clean, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def taken(arguments: dict, **options) -> None:
+    """As `check`, and the compiled kernel must not leave the call to the reference."""
+    if cpu.lib is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "paged_attention_reference", None)
+            attention.paged_attention(**arguments, **{"scale": 1.0, "max_query_len": 1 << 20, **options})
+    check(arguments, **options)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(lengths(), max_size=4), st.randoms(use_true_random=False), st.sampled_from((1, 3, 9)),
+    st.sampled_from((24, 33, 64)), st.sampled_from(DTYPES), st.sampled_from((0, 1, 7, 70)), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def test_ends(
+    sizes: list[tuple[int, int]], random, group: int, dim: int, dtype: torch.dtype, window: int, alibi: bool, sink: bool
+) -> None:
+    arguments = batch(sizes, 2 * group, 2, dim, dim, 16, dtype, extra_rows=1)
+    # from no key at all to more than there are
+    ends = [random.randint(0, keys + 3) for queries, keys in sizes for _ in range(queries)]
+    taken(
+        arguments, ends=torch.tensor([*ends, 5], dtype=torch.int32), window=window,
+        alibi_slopes=torch.rand(2 * group) * 0.1 if alibi else None, sinks=torch.randn(2 * group) if sink else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_attention(dtype: torch.dtype) -> None:
+    """Every row sees all keys, which may be fewer than the rows, or none."""
+    keys, queries = [40, 700, 3, 0], [20, 1, 130, 2]
+    arguments = batch([(0, n) for n in keys], 4, 2, 64, 64, 16, dtype)
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    q = torch.randn(int(starts[-1]), 4, 64).to(dtype)
+    ends = torch.repeat_interleave(arguments["seq_lens"], torch.tensor(queries)).int()
+    arguments = {**arguments, "q": q, "query_starts": starts}
+    taken(arguments, ends=ends)
+    got = attention.paged_attention(**arguments, ends=ends, scale=0.125, max_query_len=130)
+    for i, (a, b) in enumerate(zip(starts.tolist(), starts.tolist()[1:], strict=False)):
+        blocks = arguments["block_table"][i, : -(-keys[i] // 16)].long()
+        k, v = (arguments[name][blocks].transpose(1, 2).flatten(0, 1)[: keys[i]].float().repeat_interleave(2, 1)
+                for name in ("k_cache", "v_cache"))  # fmt: skip
+        weights = (torch.einsum("qhd,khd->hqk", q[a:b].float(), k) * 0.125).softmax(-1)
+        want = torch.einsum("hqk,khd->qhd", weights, v).to(dtype)
+        torch.testing.assert_close(got[a:b], want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bidirectional_span(dtype: torch.dtype) -> None:
+    """Rows of an image see to the image's end; text stays causal, so that changing its later keys changes nothing."""
+    sizes = [(90, 120), (1, 50)]
+    arguments = batch(sizes, 4, 2, 64, 64, 16, dtype)
+    ends = torch.cat((torch.arange(31, 121), torch.tensor([50]))).int()
+    causal = attention.paged_attention(**arguments, scale=0.125, max_query_len=90)
+    options = {"scale": 0.125, "max_query_len": 90}
+    same = attention.paged_attention(**arguments, ends=ends, **options)
+    torch.testing.assert_close(same, causal, rtol=0, atol=0)
+    ends[10:60] = 90
+    taken(arguments, ends=ends)
+    taken(arguments, ends=ends, window=40)
+    changed = attention.paged_attention(**arguments, ends=ends, **options)
+    outside = torch.ones(91, dtype=torch.bool)
+    outside[10:59] = False
+    torch.testing.assert_close(changed[outside], causal[outside], rtol=1e-5, atol=1e-5)
+    assert (changed[10:59] - causal[10:59]).abs().amax((1, 2)).min() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim", "v_dim"), [(16, 576, 512), (128, 576, 512), (4, 96, 64), (20, 72, 40)])
+def test_values_inside_the_keys(heads: int, dim: int, v_dim: int, dtype: torch.dtype) -> None:
+    arguments = batch([(1, 300), (7, 40), (1, 1)], heads, 1, dim, v_dim, 16, dtype)
+    arguments["v_cache"] = arguments["k_cache"][..., :v_dim]
+    taken(arguments)
+
+
 def test_other_dtypes_fall_back() -> None:
     arguments = batch([(1, 40), (20, 33)], 4, 2, 32, 32, 16)
     check({**arguments, "seq_lens": arguments["seq_lens"].long()})
@@ -136,6 +228,8 @@ def test_refusals() -> None:
     refused("sequences", query_starts=arguments["query_starts"][:2])
     with pytest.raises(ValueError, match="sinks"):
         attention.paged_attention(**arguments, scale=1.0, max_query_len=20, sinks=torch.randn(3))
+    with pytest.raises(ValueError, match="ends"):
+        attention.paged_attention(**arguments, scale=1.0, max_query_len=20, ends=torch.ones(3, dtype=torch.int32))
     if cpu.lib is None:
         return
     outside = arguments["block_table"].clone()
