@@ -9,6 +9,7 @@ from modelport.modeling.decoder import CausalLM as CausalLM
 from modelport.modeling.embedding import Embedding as Embedding
 from modelport.modeling.embedding import LearnedPositions as LearnedPositions
 from modelport.modeling.embedding import LMHead as LMHead
+from modelport.modeling.latent import LatentAttention as LatentAttention
 from modelport.modeling.linear import ColumnLinear as ColumnLinear
 from modelport.modeling.linear import Linear as Linear
 from modelport.modeling.linear import MergedLinear as MergedLinear
