@@ -46,6 +46,9 @@ class TextConfig(BaseModel):
     dtype: str | None = None
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | list[int] | None = None
 
     @model_validator(mode="before")
     @classmethod

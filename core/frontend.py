@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from modelport.config import EngineConfig
 from modelport.engine.detokenizer import Detokenizer
 from modelport.engine.engine import Engine
+from modelport.inputs.prompts import PromptReader
 from modelport.inputs.tokenizer import Tokenizer, load_tokenizer
 from modelport.loading.checkpoint import read_config, resolve
 from modelport.loading.model import describe
@@ -46,6 +47,8 @@ class Job:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
+    encoder_prompt: str | None = None
+    encoder_prompt_token_ids: list[int] | None = None
     requests: list[Request] = field(default_factory=list)
 
     @property
@@ -65,6 +68,8 @@ class Job:
             list(first.prompt_logprobs) if wanted else None,
             first.metrics,
             first.metrics.num_cached_tokens,
+            self.encoder_prompt,
+            self.encoder_prompt_token_ids,
         )
 
     def _completion(self, request: Request) -> CompletionOutput:
@@ -118,6 +123,7 @@ class Frontend:
         self._eos = self._eos_ids()
         self.engine = Engine(about, self.plugins, settings, progress)
         self.engine.token_text = self.tokenizer.token if self.tokenizer is not None else None
+        self._reader = PromptReader(self.tokenizer, self.config, self._generation, self.engine.max_model_len)
         self._random = random.Random(settings.seed)
         self._ids = itertools.count()
 
@@ -138,15 +144,20 @@ class Frontend:
         params = self.default_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, not {type(params).__name__}: {params!r}")
-        text, ids = self._tokens(prompt)
+        encoder_text, encoder_ids = None, None
+        if self.engine.has_encoder:
+            (encoder_text, encoder_ids), (text, ids) = self._reader.read_pair(prompt)
+        else:
+            text, ids = self._reader.read(prompt)
         params.validate_vocab(self.config.vocab_size)
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop strings and bad_words need a tokenizer; use stop_token_ids, or load one")
         request_id = str(next(self._ids)) if request_id is None else request_id
-        job = Job(request_id, text, ids, params)
+        job = Job(request_id, text, ids, params, encoder_text, encoder_ids)
         limit = self.engine.max_model_len
         total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        forced = self._reader.forced_tokens(len(ids), total) if encoder_ids is not None else {}
         bad_words = tuple(params.bad_words_token_ids(self._encode_word))
         for index in range(params.n):
             job.requests.append(
@@ -162,6 +173,8 @@ class Frontend:
                     bad_words,
                     index,
                     job.requests[0] if index else None,
+                    encoder_token_ids=encoder_ids or [],
+                    forced_token_ids=forced,
                 )
             )
         return job
@@ -176,27 +189,6 @@ class Frontend:
         text = self.tokenizer.apply_chat_template(messages, **options)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text, ids = _parts(prompt)
-        if ids is None:
-            if self.tokenizer is None:
-                raise ValueError("a text prompt needs a tokenizer; give {'prompt_token_ids': [...]}")
-            ids = self.tokenizer.encode(text)
-        if not ids:
-            raise ValueError(f"the prompt {prompt!r} is empty: there is nothing to continue; give at least one token")
-        vocab = self.config.vocab_size
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) and not hasattr(token, "__index__"):
-                raise TypeError(f"prompt token ids must be integers, not {token!r}")
-            if not 0 <= token < vocab:
-                raise ValueError(f"token id {token} in the prompt is outside the vocabulary (0 to {vocab - 1})")
-        if len(ids) >= self.engine.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens; max_model_len={self.engine.max_model_len} leaves room for "
-                f"{self.engine.max_model_len - 1} and one to generate; shorten the prompt or raise max_model_len"
-            )
-        return text, [int(token) for token in ids]
-
     def _encode_word(self, word: str) -> list[int]:
         return self.tokenizer.encode(word, add_special_tokens=False)
 
@@ -208,23 +200,6 @@ class Frontend:
                 if token is not None:
                     found[token] = None
         return tuple(found)
-
-
-def _parts(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
-    """Text and token ids of any form of prompt; one of them may be None."""
-    if isinstance(prompt, str):
-        return prompt, None
-    if isinstance(prompt, Mapping):
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
-        if unknown or (text is None and ids is None):
-            raise ValueError(
-                f"a prompt dictionary holds 'prompt' or 'prompt_token_ids', not {unknown or sorted(prompt)}"
-            )
-        return text, ids
-    if isinstance(prompt, Sequence) or hasattr(prompt, "tolist"):
-        return None, list(prompt)
-    raise TypeError(f"a prompt is text, token ids or a dictionary, not {type(prompt).__name__}")
 
 
 def _generation_config(path) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
+    encoder_prompt: str | None = None
+    encoder_prompt_token_ids: list[int] | None = None
 
 
 @dataclass(eq=False)
@@ -74,6 +76,7 @@ class Request:
 
     :ivar text: what its caller has been told of the output's text.
     :ivar num_computed: tokens whose keys and values lie in the cache.
+    :ivar forced_token_ids: place in the output -> the only token that may stand there.
     :ivar encoder_token_ids: of encoder-decoder models: what the encoder reads; empty otherwise.
     :ivar blocks: cache blocks in order, for each group of layers; empty while it has none.
     :ivar block_hashes: hash chain over the full blocks of `token_ids`, as far as it has been needed.
@@ -95,6 +98,7 @@ class Request:
     leader: Request | None = None
     text: str = ""
     num_computed: int = 0
+    forced_token_ids: dict[int, int] = field(default_factory=dict)
     encoder_token_ids: list[int] = field(default_factory=list)
     blocks: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -126,4 +130,5 @@ class Request:
 
 
 Prompt = str | Sequence[int] | dict[str, Any]
-"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; for an encoder-decoder model also
+`{"encoder_prompt": ..., "decoder_prompt": ...}`, each in one of these forms."""

@@ -61,6 +61,11 @@ class Engine:
         self.token_text: Callable[[int], str] | None = None  # text of one token, for log-probabilities
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether prompts go to an encoder."""
+        return hasattr(self.model, "encode")
+
+    @property
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 

@@ -8,7 +8,7 @@ Legend: x: (rows, vocab) float32, contiguous; a pair is (row of x, token ids).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,7 @@ class LogitsEdits:
         output_token_ids: list[int],
         stop_ids: Sequence[int],
         bad_words_ids: Sequence[Sequence[int]],
+        forced_token_ids: Mapping[int, int],
     ) -> None:
         """Take in a request; see `Sampler.add`. `stop_ids` are not chosen before `min_tokens`."""
         self.remove(slot)
@@ -61,6 +62,7 @@ class LogitsEdits:
             bad_words=_by_prefix(bad_words_ids),
             processors=processors,
             seen=penalties,
+            forced=forced_token_ids,
         )
         self._edits[slot] = edit
         self.active[slot] = edit.lasting or edit.holds_stop
@@ -87,6 +89,9 @@ class LogitsEdits:
         errors = {row: error for row, e in edits if (error := _process(x, row, e)) is not None}
         self._penalise(x, [(row, e) for row, e in edits if e.seen is not None])
         for row, edit in edits:
+            if (forced := edit.forced.get(len(edit.output))) is not None:  # whatever else was asked for
+                x[row] = -torch.inf
+                x[row, forced] = 0.0
             self.active[slots[row]] = edit.lasting or edit.holds_stop  # past `min_tokens` a row takes the fast path
         return errors
 
@@ -145,12 +150,18 @@ class _Edit:
     bad_words: dict[int, dict[tuple[int, ...], np.ndarray]]
     processors: list[tuple[Callable[..., Tensor], bool]]
     seen: _Seen | None
+    forced: Mapping[int, int]
 
     @property
     def lasting(self) -> bool:
         """Whether there is anything to do beside waiting for `min_tokens`."""
         return bool(
-            self.allowed is not None or len(self.bias) or self.bad_words or self.processors or self.seen is not None
+            self.allowed is not None
+            or len(self.bias)
+            or self.bad_words
+            or self.processors
+            or self.seen is not None
+            or len(self.output) <= max(self.forced, default=-1)
         )
 
     @property

@@ -93,6 +93,7 @@ class Runner:
             request.seed,
             request.eos_token_ids,
             request.bad_words_ids,
+            request.forced_token_ids,
         )
 
     def _note_blocks(self, request: Request) -> None:

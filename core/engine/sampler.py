@@ -8,8 +8,9 @@ Legend: logits, x: (rows, vocab); slot: a request's row in the engine's tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ class Sampler:
         seed: int,
         eos_token_ids: tuple[int, ...],
         bad_words_ids: Sequence[Sequence[int]] = (),
+        forced_token_ids: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         """Put a request into a slot; one that was there before is forgotten.
 
@@ -88,9 +90,10 @@ class Sampler:
         :param seed: any integer; with the length of `output_token_ids` it determines the next random number.
         :param eos_token_ids: tokens that end a text; not chosen before `params.min_tokens`.
         :param bad_words_ids: token sequences that must not come about (`SamplingParams.bad_words_token_ids`).
+        :param forced_token_ids: place in the output -> the only token that may stand there.
         """
         stop_ids = (*eos_token_ids, *(params.stop_token_ids or ()))
-        self._edits.add(slot, params, prompt_token_ids, output_token_ids, stop_ids, bad_words_ids)
+        self._edits.add(slot, params, prompt_token_ids, output_token_ids, stop_ids, bad_words_ids, forced_token_ids)
         self._outputs[slot] = output_token_ids
         self._temperature[slot] = min(params.temperature, 1e30)  # more is infinite in float32
         self._top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else 0

@@ -3,6 +3,8 @@
 from modelport.modeling.activation import Activation as Activation
 from modelport.modeling.activation import Gated as Gated
 from modelport.modeling.attention import Attention as Attention
+from modelport.modeling.attention import CrossAttention as CrossAttention
+from modelport.modeling.attention import EncoderAttention as EncoderAttention
 from modelport.modeling.cache import CacheSpec as CacheSpec
 from modelport.modeling.cache import StateSpec as StateSpec
 from modelport.modeling.decoder import CausalLM as CausalLM

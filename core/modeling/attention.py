@@ -1,9 +1,12 @@
-"""Causal self-attention over a paged cache: rotate, write keys and values, attend.
+"""Attention: causal over a paged cache (rotate, write keys and values, attend), to an encoder, and within one.
 
 Decisions: the layer declares the memory that it needs (`CacheSpec`), the core allocates and attaches it; everything
 that changes from step to step comes in the `Batch`.
 """
 
+import itertools
+
+import torch
 from torch import Tensor, nn
 
 from modelport.batch import Batch
@@ -79,4 +82,62 @@ class Attention(nn.Module):
             softcap=self.softcap,
             max_query_len=batch.max_query_len,
         )
+        return out.flatten(1)
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder's tokens to all tokens of its encoder, whose keys and values are written once.
+
+    :param scale: factor on scores; 1 / sqrt(head_dim) when not given.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, *, scale: float | None = None):
+        super().__init__()
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.cache_spec = CacheSpec(num_kv_heads, head_dim, cross=True)
+        self.k_cache: Tensor | None = None
+        self.v_cache: Tensor | None = None
+        self.group = 0
+
+    def attach(self, k_cache: Tensor, v_cache: Tensor, group: int) -> None:
+        """As `Attention.attach`."""
+        self.k_cache, self.v_cache, self.group = k_cache, v_cache, group
+
+    def write(self, k: Tensor, v: Tensor, batch: Batch) -> None:
+        """Keep k, v: (encoder tokens, num_kv_heads, head_dim), made of `batch.encoded.states`."""
+        kv_cache.write(k, v, self.k_cache, self.v_cache, batch.pages[self.group].slots)
+
+    def forward(self, q: Tensor, batch: Batch) -> Tensor:
+        """q: (tokens, num_heads, head_dim) -> (tokens, num_heads * head_dim)."""
+        return kernel.paged_attention(
+            q,
+            self.k_cache,
+            self.v_cache,
+            batch.pages[self.group].block_table,
+            batch.query_starts,
+            batch.encoded.lens,
+            self.scale,
+            max_query_len=batch.max_query_len,
+            ends=batch.encoded.ends,
+        ).flatten(1)
+
+
+class EncoderAttention(nn.Module):
+    """Attention of every token of a sequence to all its tokens; nothing is kept.
+
+    :param scale: factor on scores; 1 / sqrt(head_dim) when not given.
+    """
+
+    def __init__(self, head_dim: int, *, scale: float | None = None):
+        super().__init__()
+        self.scale = head_dim**-0.5 if scale is None else scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+        """q, k, v: (tokens, heads, head_dim), starts: (seqs + 1,) first row of each -> (tokens, heads * head_dim)."""
+        out, edges = torch.empty_like(v), starts.tolist()
+        for first, end in itertools.pairwise(edges):
+            parts = (part[first:end].transpose(0, 1)[None] for part in (q, k, v))
+            out[first:end] = nn.functional.scaled_dot_product_attention(
+                *parts, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+            )[0].transpose(0, 1)
         return out.flatten(1)

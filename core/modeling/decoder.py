@@ -18,7 +18,12 @@ State = Tensor | tuple[Tensor, ...]
 
 
 class Model(Protocol):
-    """The four things that the core uses."""
+    """The four things that the core uses.
+
+    An encoder-decoder model has a fifth, `encode(token_ids, starts)`: ids (encoder tokens,) of several sequences, side
+    by side from the rows `starts` (seqs + 1,) on -> states (encoder tokens, hidden_size), which its blocks find in
+    `batch.encoded` once.
+    """
 
     lm_head: nn.Module
 

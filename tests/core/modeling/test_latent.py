@@ -1,5 +1,7 @@
 """Latent attention against the layer that expands every key and value."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_latents_attend_as_expanded_keys_do(q_lora_rank, cuts):
     want = theirs(x[None], mask, None, rotary(x, torch.arange(11)[None]))[0][0]
     table = torch.randperm(8)[None].int()
     found = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         positions = torch.arange(a, b)
         slots = table[0, positions // 4].long() * 4 + positions % 4
         starts, lens = torch.tensor([0, b - a]).int(), torch.tensor([b]).int()
