@@ -19,6 +19,8 @@ class Batch:
     :ivar slots: (tokens,) int64, where each row's key and value go: block * block_size + offset.
     :ivar max_query_len: most rows of one sequence.
     :ivar max_seq_len: most keys of one sequence.
+    :ivar length_classes: (seqs,) int32, `Rope.length_class` of each sequence; None for a model whose angles do not
+        depend on length.
     """
 
     positions: Tensor
@@ -28,3 +30,4 @@ class Batch:
     slots: Tensor
     max_query_len: int
     max_seq_len: int
+    length_classes: Tensor | None = None
