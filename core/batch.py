@@ -48,6 +48,8 @@ class Batch:
     :ivar state_slots: (seqs,) int32, row of each sequence in recurrent states.
     :ivar max_query_len: most rows of one sequence.
     :ivar encoded: of encoder-decoder models only.
+    :ivar length_classes: (seqs,) int32, `Rope.length_class` of each sequence; None for a model whose angles do not
+        depend on length.
     """
 
     positions: Tensor
@@ -57,3 +59,4 @@ class Batch:
     state_slots: Tensor
     max_query_len: int
     encoded: Encoded | None = None
+    length_classes: Tensor | None = None

@@ -10,16 +10,30 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RopeParameters(BaseModel):
-    """Rotary position settings, as transformers 5 writes them under `rope_parameters`."""
+    """Rotary position settings, as transformers 5 writes them under `rope_parameters`.
+
+    `max_position_embeddings` is the model's; `original_max_position_embeddings` what it was before it was extended.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     rope_type: str = "default"
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    factor: float | None = None
+    max_position_embeddings: int | None = None
     original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None  # yarn, longrope: factor on cosines and sines
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()  # longrope
+    long_factor: tuple[float, ...] = ()
+    short_mscale: float | None = None
+    long_mscale: float | None = None
 
 
 class TextConfig(BaseModel):
@@ -43,12 +57,25 @@ class TextConfig(BaseModel):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters = RopeParameters()
+    rope_by_layer_type: dict[str, RopeParameters] = {}  # by layer type, for a family whose layers differ; see `rope`
     dtype: str | None = None
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | list[int] | None = None
+
+    def rope(self, layer_type: str) -> RopeParameters:
+        """Rotary settings of the layers of one type, such as "sliding_attention".
+
+        :raises ValueError: the configuration has settings for other types only.
+        """
+        if not self.rope_by_layer_type:
+            return self.rope_parameters
+        if layer_type not in self.rope_by_layer_type:
+            raise ValueError(f"rope_parameters has nothing for layers of type {layer_type!r}; it has "
+                             f"{', '.join(self.rope_by_layer_type)}")  # fmt: skip
+        return self.rope_by_layer_type[layer_type]
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +90,8 @@ class TextConfig(BaseModel):
         data = {k: v for k, v in data.items() if v is not None or cls._takes_none(k)}
         if "torch_dtype" in data:
             data.setdefault("dtype", data.pop("torch_dtype"))
-        data["rope_parameters"] = _rope(data)
+        names = ("rope_parameters", "rope_by_layer_type", "max_position_embeddings")
+        data |= _rope(data, *(cls.model_fields[name].default for name in names))
         heads = data.get("num_attention_heads")
         if heads and "hidden_size" in data:
             data.setdefault("num_key_value_heads", heads)
@@ -76,18 +104,45 @@ class TextConfig(BaseModel):
         return key in cls.model_fields and type(None) in get_args(cls.model_fields[key].annotation)
 
 
-def _rope(data: dict[str, Any]) -> Any:
-    """transformers 4 wrote `rope_theta` beside `rope_scaling: {type, factor}`; 5 writes one `rope_parameters`."""
+_OLD_ROPE_TYPES = {"su": "longrope", "mrope": "default"}  # mrope: for text, all of its axes are the same position
+_EXTENDED = ("llama3", "yarn", "longrope")  # types that read original_max_position_embeddings
+
+
+def _rope(
+    data: dict[str, Any], default: RopeParameters, defaults: dict[str, RopeParameters], max_len: int
+) -> dict[str, Any]:
+    """transformers 4 wrote `rope_theta` beside `rope_scaling: {type, factor}`; 5 writes one `rope_parameters`.
+
+    Where layers differ, 5 writes one under the name of each layer type; 4 wrote `rope_local_base_freq` for the sliding
+    ones, which know no scaling. `default` and `defaults` (by layer type) are the family's.
+    """
     given = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(given, dict):
-        return given
+        return {"rope_parameters": given}
+    by_type = {k: v for k, v in given.items() if isinstance(v, dict)}
+    if not by_type and (defaults or "rope_local_base_freq" in data):
+        local = data.get("rope_local_base_freq", defaults.get("sliding_attention", default).rope_theta)
+        by_type = {"full_attention": given, "sliding_attention": {"rope_theta": local}}
+    if not by_type:
+        return {"rope_parameters": _rope_of_one(given, data, default, max_len)}
+    by_type = {k: _rope_of_one(v, data, defaults.get(k, default), max_len) for k, v in by_type.items()}
+    first = by_type.get("full_attention", next(iter(by_type.values())))
+    return {"rope_parameters": first, "rope_by_layer_type": by_type}
+
+
+def _rope_of_one(given: dict[str, Any], data: dict[str, Any], default: RopeParameters, max_len: int) -> dict[str, Any]:
     rope = {k: v for k, v in given.items() if v is not None}
-    if "type" in rope:
-        rope.setdefault("rope_type", rope.pop("type"))
+    kind = rope.get("rope_type", rope.get("type", default.rope_type))
+    rope["rope_type"] = kind = _OLD_ROPE_TYPES.get(kind, kind)
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in data:
             rope.setdefault(key, data[key])
-    return rope
+    rope.setdefault("max_position_embeddings", data.get("max_position_embeddings", max_len))
+    if kind in _EXTENDED:  # Phi-3 writes the original length outside, and that one counts
+        if "original_max_position_embeddings" in data:
+            rope["original_max_position_embeddings"] = data["original_max_position_embeddings"]
+        rope.setdefault("original_max_position_embeddings", rope["max_position_embeddings"])
+    return default.model_dump(exclude_unset=True) | rope
 
 
 class EngineConfig(BaseModel):

@@ -77,6 +77,7 @@ class Request:
     :ivar text: what its caller has been told of the output's text.
     :ivar num_computed: tokens whose keys and values lie in the cache.
     :ivar forced_token_ids: place in the output -> the only token that may stand there.
+    :ivar length_class: which rotary angles its keys have (`Rope.length_class`).
     :ivar encoder_token_ids: of encoder-decoder models: what the encoder reads; empty otherwise.
     :ivar blocks: cache blocks in order, for each group of layers; empty while it has none.
     :ivar block_hashes: hash chain over the full blocks of `token_ids`, as far as it has been needed.
@@ -98,6 +99,7 @@ class Request:
     leader: Request | None = None
     text: str = ""
     num_computed: int = 0
+    length_class: int = 0
     forced_token_ids: dict[int, int] = field(default_factory=dict)
     encoder_token_ids: list[int] = field(default_factory=list)
     blocks: list[list[int]] = field(default_factory=list)

@@ -8,11 +8,6 @@ from torch.nn import functional as F
 
 from modelport.kernels import cpu
 
-
-def _gelu_fast(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
-
-
 # canonical name -> (code in the C library, float32 function)
 _KINDS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "silu": (0, F.silu),
@@ -27,8 +22,11 @@ ACTIVATIONS: dict[str, str] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",

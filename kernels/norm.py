@@ -26,8 +26,14 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
     return (normed if bias is None else normed + bias.float()).to(x.dtype)
 
 
+def _fits(weight: Tensor, x: Tensor) -> bool:
+    return weight.shape == x.shape[-1:] or (weight.dim() == 2 and weight.shape == x.shape[1:])
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """Root-mean-square norm of x: (..., hidden) times (offset + weight: (hidden,)), in x.dtype.
+    """Root-mean-square norm of x: (..., hidden) times (offset + weight), in x.dtype.
+
+    weight: (hidden,); or (heads, hidden) for x: (tokens, heads, hidden), which may be a view of a fused projection.
 
     With offset 0 the normalised value is rounded to x.dtype before the weight multiplies it, as Llama does; with an
     offset (1.0 is Gemma) everything is float32 until the end.
@@ -36,17 +42,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.rms_norm(x, weight, out, eps, offset, cpu.threads()):
             return out
-    if weight.shape != x.shape[-1:]:
+    if not _fits(weight, x):
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     return rms_norm_reference(x, weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm of x: (..., hidden) with weight and optional bias: (hidden,), in x.dtype."""
+    """Layer norm of x: (..., hidden) with weight and optional bias, in x.dtype; their shape as in `rms_norm`."""
     if cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.layer_norm(x, weight, bias, out, eps, cpu.threads()):
             return out
-    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
+    if not _fits(weight, x) or (bias is not None and bias.shape != weight.shape):
         raise ValueError(f"layer_norm: weight {tuple(weight.shape)} or its bias does not fit x {tuple(x.shape)}")
     return layer_norm_reference(x, weight, bias, eps)

@@ -199,7 +199,8 @@ class Cache:
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         size, hashes = self.block_size, request.block_hashes
+        root = b"%d" % request.length_class  # keys of other rotary angles are other keys
         for index in range(len(hashes), num_tokens // size):
             tokens = array("q", request.token_ids[index * size : (index + 1) * size])
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else root
             hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())

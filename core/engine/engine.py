@@ -15,6 +15,7 @@ from modelport.engine.runner import Runner, StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan, Scheduler
 from modelport.loading.model import Description, build
+from modelport.modeling.rope import find_by_length
 from modelport.plugin import Plugins
 from modelport.request import Logprob, Request
 
@@ -48,7 +49,8 @@ class Engine:
         memory = attach_memory(self.model, settings, about.dtype, about.device, wanted, seqs, chunk)
         self.max_model_len = memory.max_model_len
         self.cache = Cache(memory.groups, settings.block_size, settings.enable_prefix_caching and memory.shareable)
-        self.scheduler = Scheduler(self.cache, memory.num_rows, chunk)
+        rope = find_by_length(self.model)
+        self.scheduler = Scheduler(self.cache, memory.num_rows, chunk, rope.length_class if rope else None)
         self.runner = Runner(
             self.model,
             about.config.vocab_size,
@@ -57,6 +59,7 @@ class Engine:
             settings.block_size,
             memory.groups,
             about.device,
+            by_length=rope is not None,
         )
         self.token_text: Callable[[int], str] | None = None  # text of one token, for log-probabilities
 

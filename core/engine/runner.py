@@ -37,6 +37,7 @@ class Runner:
 
     :param num_slots: rows.
     :param max_model_len: columns: most tokens of one request.
+    :param by_length: rotary angles depend on a sequence's length.
     :param groups: of the cache; each has a table of block numbers.
     """
 
@@ -49,13 +50,14 @@ class Runner:
         block_size: int,
         groups: list[Group],
         device: torch.device,
+        by_length: bool = False,
     ):
         self.model, self.device, self.block_size = model, device, block_size
         self.sampler = Sampler(vocab_size, num_slots, device)
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
         columns = -(-max_model_len // block_size)
-        self._groups = groups
+        self._groups, self._by_length = groups, by_length
         self._blocks = [np.zeros((num_slots, columns), dtype=np.int32) for _ in groups]
         self._num_blocks = np.zeros((len(groups), num_slots), dtype=np.int32)
         self._encoder_lens = np.zeros(num_slots, dtype=np.int32)
@@ -127,9 +129,13 @@ class Runner:
             ),
             state_slots=self._tensor(slots),
             max_query_len=max_query_len,
+            length_classes=self._length_classes(plan) if self._by_length else None,
             encoded=self._encode(plan, rows, slots) if crosses else None,
         )
         return self._tensor(self._token_ids[rows, positions].astype(np.int64)), batch
+
+    def _length_classes(self, plan: Plan) -> Tensor:
+        return self._tensor(np.fromiter((r.length_class for r in plan.requests), np.int32, len(plan.requests)))
 
     def _pages(
         self, table: np.ndarray, slots: np.ndarray, longest: int, rows: np.ndarray, positions: np.ndarray

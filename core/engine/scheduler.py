@@ -7,6 +7,7 @@ at the head of the queue. The cost of a step grows with the running requests, no
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from modelport.engine.cache import Cache
@@ -28,9 +29,17 @@ class Scheduler:
 
     :param max_num_seqs: most running requests; also the number of slots.
     :param max_num_batched_tokens: most tokens in one step.
+    :param length_class: `Rope.length_class` of a model whose rotary angles depend on length.
     """
 
-    def __init__(self, cache: Cache, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(
+        self,
+        cache: Cache,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        length_class: Callable[[int, int], int] | None = None,
+    ):
+        self._length_class = length_class
         self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -51,6 +60,8 @@ class Scheduler:
     def plan(self) -> Plan:
         """Choose the next step; blocks for it are taken. Empty when nothing can run."""
         plan, budget = Plan(), self.max_num_batched_tokens
+        if self._length_class is not None:
+            self._recompute_outgrown()
         index, preempted = 0, False
         while index < len(self.running) and budget > 0:
             request = self.running[index]
@@ -106,6 +117,9 @@ class Scheduler:
     def _admit(self, request: Request, budget: int) -> int:
         """Blocks and a slot for a waiting request; the number of tokens that it computes now, 0 when it must wait."""
         # Prompt log-probabilities need logits of every prompt row, so nothing of it may come from the cache.
+        if self._length_class is not None and (found := self._class_of(request)) != request.length_class:
+            request.length_class = found
+            request.block_hashes.clear()
         scored = request.params.prompt_logprobs is not None
         hit = self.cache.no_hit if scored else self.cache.lookup(request)
         # All of it must fit, not just the first chunk: else admission and preemption would take turns. Known blocks
@@ -124,6 +138,16 @@ class Scheduler:
             metrics.first_scheduled_time = time.monotonic()
             metrics.num_cached_tokens = hit.num_tokens
         return count
+
+    def _recompute_outgrown(self) -> None:
+        """Keys are void once a sequence has grown into another class: it starts again, at the head of the queue."""
+        for request in [r for r in self.running if self._class_of(r) != r.length_class]:
+            self.running.remove(request)
+            self._preempt(request)
+            request.metrics.num_preemptions -= 1  # not for want of blocks
+
+    def _class_of(self, request: Request) -> int:
+        return self._length_class(request.num_prompt_tokens, len(request.token_ids))
 
     def _preempt(self, request: Request) -> None:
         self._give_back(request)

@@ -2,6 +2,7 @@
 
 from modelport.modeling.activation import Activation as Activation
 from modelport.modeling.activation import Gated as Gated
+from modelport.modeling.alibi import Alibi as Alibi
 from modelport.modeling.attention import Attention as Attention
 from modelport.modeling.attention import CrossAttention as CrossAttention
 from modelport.modeling.attention import EncoderAttention as EncoderAttention
@@ -17,6 +18,7 @@ from modelport.modeling.linear import Linear as Linear
 from modelport.modeling.linear import MergedLinear as MergedLinear
 from modelport.modeling.linear import QKVLinear as QKVLinear
 from modelport.modeling.linear import RowLinear as RowLinear
+from modelport.modeling.mlp import MLP as MLP
 from modelport.modeling.mlp import GatedMLP as GatedMLP
 from modelport.modeling.norm import LayerNorm as LayerNorm
 from modelport.modeling.norm import RMSNorm as RMSNorm

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modelport.batch import Batch
 from modelport.kernels import attention as kernel
 from modelport.kernels import kv_cache
+from modelport.modeling.alibi import Alibi
 from modelport.modeling.cache import CacheSpec
 from modelport.modeling.rope import Rope
 
@@ -20,9 +21,11 @@ class Attention(nn.Module):
     """Grouped-query attention; `num_heads` is a multiple of `num_kv_heads`.
 
     :param rope: rotary positions for q and k, or None.
+    :param alibi: biases that grow with distance (Press et al., 2022), or None.
     :param scale: factor on scores; 1 / sqrt(head_dim) when not given.
     :param window: attend to the last `window` positions only (sliding window); 0 for all.
     :param softcap: scores become `softcap * tanh(scores / softcap)`; 0 for none.
+    :param sinks: a learned logit per head, `sinks` (num_heads,), takes probability and gives nothing (gpt-oss).
     :raises ValueError: `num_heads` is not a multiple of `num_kv_heads`.
     """
 
@@ -33,9 +36,11 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         rope: Rope | None = None,
+        alibi: Alibi | None = None,
         scale: float | None = None,
         window: int = 0,
         softcap: float = 0.0,
+        sinks: bool = False,
     ):
         super().__init__()
         if num_heads % num_kv_heads:
@@ -43,7 +48,8 @@ class Attention(nn.Module):
                 f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}; "
                 "check config.json"
             )
-        self.rope, self.softcap, self.window = rope, softcap, window
+        self.rope, self.alibi, self.softcap, self.window = rope, alibi, softcap, window
+        self.sinks = nn.Parameter(torch.empty(num_heads), requires_grad=False) if sinks else None
         self.scale = head_dim**-0.5 if scale is None else scale
         self.cache_spec = CacheSpec(num_kv_heads, head_dim, window)
         self.k_cache: Tensor | None = None
@@ -66,8 +72,9 @@ class Attention(nn.Module):
         if self.rope is None:
             kv_cache.write(k, v, self.k_cache, self.v_cache, pages.slots)
         else:
+            table, rows = self.rope.angles(batch)
             kv_cache.rope_write(
-                q, k, v, batch.positions, self.rope.cos_sin, self.rope.interleaved, self.k_cache, self.v_cache,
+                q, k, v, rows, table, self.rope.interleaved, self.k_cache, self.v_cache,
                 pages.slots,
             )  # fmt: skip
         out = kernel.paged_attention(
@@ -80,6 +87,8 @@ class Attention(nn.Module):
             self.scale,
             window=self.window,
             softcap=self.softcap,
+            alibi_slopes=None if self.alibi is None else self.alibi.slopes,
+            sinks=None if self.sinks is None else self.sinks.float(),
             max_query_len=batch.max_query_len,
         )
         return out.flatten(1)

@@ -38,14 +38,18 @@ class Embedding(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A block that adds a learned row per position; weight: (max_position_embeddings, size)."""
+    """A block that adds a learned row per position; weight: (max_position_embeddings + offset, size).
 
-    def __init__(self, max_position_embeddings: int, size: int):
+    :param offset: rows of the checkpoint's table that come before position 0; 2 for OPT and BART.
+    """
+
+    def __init__(self, max_position_embeddings: int, size: int, offset: int = 0):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_position_embeddings, size), requires_grad=False)
+        self.offset = offset
+        self.weight = nn.Parameter(torch.empty(max_position_embeddings + offset, size), requires_grad=False)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        return x + nn.functional.embedding(batch.positions, self.weight)
+        return x + nn.functional.embedding(batch.positions, self.weight[self.offset :])
 
 
 class LMHead(nn.Module):

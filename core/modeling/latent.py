@@ -104,8 +104,9 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_proj_with_mqa(x)
         # k: (tokens, 1, rank + rotary), one head that all query heads share
         k = torch.cat((self.kv_a_layernorm(latent[:, : self.rank]), latent[:, self.rank :]), dim=-1)[:, None]
+        table, rows = self.rope.angles(batch)
         for rotated in (q[..., self.rank :], k[..., self.rank :]):
-            rope_kernel.rotate_(rotated, batch.positions, self.rope.cos_sin, self.rope.interleaved)
+            rope_kernel.rotate_(rotated, rows, table, self.rope.interleaved)
         pages = batch.pages[self.group]
         kv_cache.write(k, k[..., :0], self.cache, self.cache[..., :0], pages.slots)
         mixed = kernel.paged_attention(

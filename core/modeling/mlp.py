@@ -1,9 +1,9 @@
-"""The feed-forward block of most decoders."""
+"""The feed-forward blocks of most decoders."""
 
 from torch import Tensor, nn
 
-from modelport.modeling.activation import Gated
-from modelport.modeling.linear import MergedLinear, RowLinear
+from modelport.modeling.activation import Activation, Gated
+from modelport.modeling.linear import ColumnLinear, MergedLinear, RowLinear
 
 
 class GatedMLP(nn.Module):
@@ -18,3 +18,28 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.down_proj(self.act(self.gate_up_proj(x)), residual)
+
+
+class MLP(nn.Module):
+    """`down(act(up(x))) + residual`: the plain form.
+
+    :param names: the checkpoint's names of the two layers, such as ("fc1", "fc2") or ("c_fc", "c_proj").
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        act: str,
+        bias: bool = False,
+        names: tuple[str, str] = ("up_proj", "down_proj"),
+    ):
+        super().__init__()
+        self.names = names
+        self.add_module(names[0], ColumnLinear(hidden_size, intermediate_size, bias))
+        self.act = Activation(act)
+        self.add_module(names[1], RowLinear(intermediate_size, hidden_size, bias))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        up, down = self.names
+        return getattr(self, down)(self.act(getattr(self, up)(x)), residual)

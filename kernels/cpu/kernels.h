@@ -18,6 +18,7 @@ struct Rows {  // rows of `width` elements, row (i, j) at x + i * outer_stride +
 struct Norm {
     Rows rows;
     const void *weight, *bias;  // bias may be null
+    int64_t weight_stride;      // from the weights of row (i, j) to those of (i, j + 1); 0: all rows share them
     int weight_dtype;
     float eps, offset;
 };

@@ -191,14 +191,22 @@ static bool row_layout(const Tensor &x, const Tensor &out, Rows &a) {
 }
 static double size(const Rows &a) { return (double)a.outer * a.inner * a.width; }
 
+// Weights (width,), or (heads, width) for rows (tokens, heads, width).
+static bool set_weight(Norm &a, const Tensor &weight, const Tensor &x) {
+    bool own = weight.dims == 2 && x.dims == 3;
+    if (!weight.floating() || !weight.contiguous() || (!own && weight.dims != 1)) return false;
+    if (weight.n[weight.dims - 1] != a.rows.width || (own && weight.n[0] != x.n[1])) return false;
+    a.weight = weight.data, a.weight_dtype = weight.dtype, a.weight_stride = own ? a.rows.width : 0;
+    return !own || (a.rows.inner == x.n[1] && a.rows.outer == x.n[0]);
+}
+
 static PyObject *rms_norm(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     Norm a{};
     Tensor x = r.t(), weight = r.t(), out = r.t();
     a.eps = (float)r.f(), a.offset = (float)r.f(), a.rows.threads = (int)r.i();
     if (!r.ok()) return nullptr;
-    REQUIRE(r.good && row_layout(x, out, a.rows) && weight.floating() && weight.list(weight.dtype, a.rows.width));
-    a.weight = weight.data, a.weight_dtype = weight.dtype;
+    REQUIRE(r.good && row_layout(x, out, a.rows) && set_weight(a, weight, x));
     return release(size(a.rows), [&] { chosen->rms_norm(a); });
 }
 
@@ -208,9 +216,10 @@ static PyObject *layer_norm(PyObject *, PyObject *const *args, Py_ssize_t count)
     Tensor x = r.t(), weight = r.t(), bias = r.maybe(), out = r.t();
     a.eps = (float)r.f(), a.rows.threads = (int)r.i();
     if (!r.ok()) return nullptr;
-    REQUIRE(r.good && row_layout(x, out, a.rows) && weight.floating() && weight.list(weight.dtype, a.rows.width));
-    REQUIRE(!bias.data || bias.list(weight.dtype, a.rows.width));
-    a.weight = weight.data, a.bias = bias.data, a.weight_dtype = weight.dtype;
+    REQUIRE(r.good && row_layout(x, out, a.rows) && set_weight(a, weight, x));
+    REQUIRE(!bias.data || (bias.dtype == weight.dtype && bias.dims == weight.dims && bias.contiguous()));
+    for (int i = 0; i < weight.dims; ++i) REQUIRE(!bias.data || bias.n[i] == weight.n[i]);
+    a.bias = bias.data;
     return release(size(a.rows), [&] { chosen->layer_norm(a); });
 }
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelport.kernels import norm
+from modelport.kernels import cpu, norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -46,6 +46,20 @@ def test_strided_heads_of_a_fused_projection(dtype: torch.dtype) -> None:
     close(norm.rms_norm(heads, weight, 1e-6), norm.rms_norm_reference(heads, weight, 1e-6))
     column_step = torch.randn(6, 2 * 33, dtype=dtype)[:, ::2]
     close(norm.rms_norm(column_step, weight[:33], 1e-6), norm.rms_norm_reference(column_step, weight[:33], 1e-6))
+
+
+@pytest.mark.skipif(cpu.lib is None, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_per_head_are_one_kernel(dtype: torch.dtype) -> None:
+    heads = torch.randn(7, 5 * 40, dtype=dtype)[:, 40:160].view(7, 3, 40)
+    weight, bias = torch.randn(3, 40, dtype=dtype), torch.randn(3, 40, dtype=dtype)
+    out = torch.empty(heads.shape, dtype=dtype)
+    assert cpu.lib.rms_norm(heads, weight, out, 1e-6, 0.0, 1)
+    close(out, norm.rms_norm_reference(heads, weight, 1e-6))
+    assert cpu.lib.layer_norm(heads, weight, bias, out, 1e-6, 1)
+    close(out, norm.layer_norm_reference(heads, weight, bias, 1e-6))
+    assert not cpu.lib.layer_norm(heads, weight, bias[0], out, 1e-6, 1)
+    assert not cpu.lib.rms_norm(heads, weight[:2], out, 1e-6, 0.0, 1)
 
 
 def test_many_rows_run_in_parallel() -> None:

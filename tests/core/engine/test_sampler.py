@@ -298,7 +298,8 @@ def test_seeds_decide():
 def edited(params, logits, prompt=(), output=(), **settings):
     """The logits of one request as `LogitsEdits` leaves them."""
     edits = LogitsEdits(logits.shape[-1], 1)
-    edits.add(0, params, prompt, list(output), settings.get("stop_ids", ()), settings.get("bad_words", ()))
+    rest = (settings.get("stop_ids", ()), settings.get("bad_words", ()), settings.get("forced", {}))
+    edits.add(0, params, prompt, list(output), *rest)
     x = logits.clone()
     assert edits.apply(x, np.array([0])) == {}
     return x
@@ -484,3 +485,11 @@ def test_prompt_logprobs():
     assert [e.logprob for e in got] == pytest.approx(expected.gather(1, following[:, None])[:, 0].tolist(), abs=1e-5)
     assert [e.top_ids for e in got] == expected.topk(2).indices.tolist()
     assert prompt_logprobs(logits[:0], following[:0], 2) == []
+
+
+def test_forced_tokens_stand_in_their_places_whatever_else_was_asked_for():
+    params = SamplingParams(min_tokens=3, allowed_token_ids=[1])
+    logits = torch.tensor([5.0, 1.0, 2.0, 3.0])
+    for length, want in ((0, [3]), (1, [1]), (2, [2])):
+        found = edited(params, logits, output=[1] * length, stop_ids=[2], forced={0: 3, 2: 2})
+        assert torch.isfinite(found.view(-1)).nonzero().view(-1).tolist() == want
