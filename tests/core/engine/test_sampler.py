@@ -489,7 +489,7 @@ def test_prompt_logprobs():
 
 def test_forced_tokens_stand_in_their_places_whatever_else_was_asked_for():
     params = SamplingParams(min_tokens=3, allowed_token_ids=[1])
-    logits = torch.tensor([5.0, 1.0, 2.0, 3.0])
+    logits = torch.tensor([[5.0, 1.0, 2.0, 3.0]])
     for length, want in ((0, [3]), (1, [1]), (2, [2])):
         found = edited(params, logits, output=[1] * length, stop_ids=[2], forced={0: 3, 2: 2})
         assert torch.isfinite(found.view(-1)).nonzero().view(-1).tolist() == want
