@@ -18,6 +18,10 @@ from modelport.modeling.linear import MergedLinear as MergedLinear
 from modelport.modeling.linear import QKVLinear as QKVLinear
 from modelport.modeling.linear import RowLinear as RowLinear
 from modelport.modeling.mlp import GatedMLP as GatedMLP
+from modelport.modeling.moe import Experts as Experts
+from modelport.modeling.moe import Router as Router
+from modelport.modeling.moe import SparseMixer as SparseMixer
+from modelport.modeling.moe import SwigluOAI as SwigluOAI
 from modelport.modeling.norm import LayerNorm as LayerNorm
 from modelport.modeling.norm import RMSNorm as RMSNorm
 from modelport.modeling.rope import Rope as Rope
