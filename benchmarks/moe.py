@@ -7,8 +7,8 @@ plain read of a large buffer goes: each used expert's weights are counted once.
 import sys
 
 import torch
-from kernels import limits, seconds
 
+from kernels import limits, seconds
 from modelport.kernels import cpu, linear, moe
 
 SHAPE = tuple(map(int, sys.argv[1:5])) or (2048, 1408, 64, 6)

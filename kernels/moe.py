@@ -38,6 +38,10 @@ class PackedExperts:
     bias: Tensor | None = None  # (experts, parts, out_features) float32
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.data, self.scales, self.bias) if t is not None)
 
@@ -140,8 +144,8 @@ def _check(
     count, hidden = gate_up.data.shape[0], gate_up.in_features
     if x.dim() != 2 or x.shape[1] != hidden:
         raise ValueError(f"experts: x {tuple(x.shape)} must be (tokens, {hidden})")
-    if gate_up.scales is None and x.dtype != gate_up.data.dtype:
-        raise ValueError(f"experts: x is {x.dtype}, the packed weights {gate_up.data.dtype}; convert x")
+    if gate_up.scales is None and x.dtype != gate_up.dtype:
+        raise ValueError(f"experts: x is {x.dtype}, the packed weights {gate_up.dtype}; convert x")
     if gate_up.data.shape[1] != 2 or (down.out_features, down.in_features) != (hidden, gate_up.out_features):
         raise ValueError(
             f"experts: gate_up has {gate_up.data.shape[1]} parts {gate_up.out_features, hidden}, "

@@ -18,6 +18,7 @@ from modelport.modeling.linear import MergedLinear as MergedLinear
 from modelport.modeling.linear import QKVLinear as QKVLinear
 from modelport.modeling.linear import RowLinear as RowLinear
 from modelport.modeling.mlp import GatedMLP as GatedMLP
+from modelport.modeling.moe import ExpertLinear as ExpertLinear
 from modelport.modeling.moe import Experts as Experts
 from modelport.modeling.moe import Router as Router
 from modelport.modeling.moe import SparseMixer as SparseMixer
