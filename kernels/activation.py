@@ -36,7 +36,8 @@ ACTIVATIONS: dict[str, str] = {
 """Every accepted name, mapped to the function that computes it."""
 
 
-def _kind(act: str) -> tuple[int, Callable[[Tensor], Tensor]]:
+def kind(act: str) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """An activation's code in the C library and its float32 function."""
     try:
         return _KINDS[ACTIVATIONS[act]]
     except KeyError:
@@ -45,18 +46,18 @@ def _kind(act: str) -> tuple[int, Callable[[Tensor], Tensor]]:
 
 def activate_reference(x: Tensor, act: str) -> Tensor:
     """Plain torch version of `activate`."""
-    return _kind(act)[1](x.float()).to(x.dtype)
+    return kind(act)[1](x.float()).to(x.dtype)
 
 
 def gated_reference(x: Tensor, act: str) -> Tensor:
     """Plain torch version of `gated`."""
     gate, up = x.float().chunk(2, dim=-1)
-    return (_kind(act)[1](gate) * up).to(x.dtype)
+    return (kind(act)[1](gate) * up).to(x.dtype)
 
 
 def activate(x: Tensor, act: str) -> Tensor:
     """act(x) for x of any shape, in x.dtype."""
-    code, _ = _kind(act)
+    code, _ = kind(act)
     if cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.activate(x, out, code, cpu.threads()):
@@ -66,7 +67,7 @@ def activate(x: Tensor, act: str) -> Tensor:
 
 def gated(x: Tensor, act: str) -> Tensor:
     """act(gate) * up for x: (tokens, 2 * width) = [gate | up] -> (tokens, width), in x.dtype."""
-    code, _ = _kind(act)
+    code, _ = kind(act)
     if x.shape[-1] % 2:
         raise ValueError(f"gated: last dimension of x {tuple(x.shape)} must be even: [gate | up]")
     if cpu.lib is not None and x.dim() == 2:

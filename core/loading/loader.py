@@ -4,6 +4,7 @@ Decisions: memory for a parameter is taken when its first tensor arrives, and a 
 so the peak stays near the weights themselves; every checkpoint tensor is used exactly once or refused by name.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,7 +29,9 @@ class _Target:
     path: str
     parameter: str
     start: int
+    rows: int
     shape: tuple[int, ...]
+    whole: bool  # all of the parameter, also where parts could fill it
 
 
 def load_weights(
@@ -60,10 +63,10 @@ def load_weights(
                 surplus.append(name)
             continue
         key = (target.path, target.parameter)
-        if open_rows[key] < target.shape[0]:
+        if open_rows[key] < target.rows:
             raise WeightsError(f"tensor {name!r} fills rows of {target.path!r} that are already filled")
-        _copy(target, name, tensor, dtype, device)
-        open_rows[key] -= target.shape[0]
+        _copy(target, name, tensor, _type(target.module, target.parameter, dtype), device)
+        open_rows[key] -= target.rows
         if open_rows[key] == 0 and not any(open_rows[target.path, p] > 0 for p, _ in _own(target.module)):
             _pack(target.module)
         del tensor  # the stream reads the next one before this name would be bound anew
@@ -75,7 +78,7 @@ def fill_random(model: nn.Module, dtype: torch.dtype, device: torch.device, seed
     generator = torch.Generator(device).manual_seed(seed)
     for module in list(model.modules()):
         for name, parameter in list(_own(module)):
-            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            values = torch.empty(parameter.shape, dtype=_type(module, name, dtype), device=device)
             values.normal_(0.0, 0.02, generator=generator)
             module._parameters[name] = nn.Parameter(values, requires_grad=False)
         _pack(module)
@@ -88,23 +91,39 @@ def _renamed(weights: Iterable[tuple[str, Tensor]], architecture: Architecture) 
         yield (name if prefix is None else architecture.rename[prefix] + name[len(prefix) :]), tensor
 
 
+def _type(module: nn.Module, parameter: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if parameter in getattr(module, "keep_float32", ()) else dtype
+
+
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in module._parameters.items() if p is not None)
 
 
 def _targets(model: nn.Module) -> dict[str, _Target]:
-    """Checkpoint name -> where it goes; a fused layer answers to the names of its parts and to its own."""
+    """Checkpoint name -> where it goes; a fused layer answers to the names of its parts and to its own.
+
+    Stacked layers, whose rows run over more than one dimension, are also stored without the word `weight`.
+    """
     found: dict[str, _Target] = {}
     for path, module in model.named_modules():
         parent = path.rpartition(".")[0]
         for name, parameter in _own(module):
-            shape = tuple(parameter.shape)
-            found[_join(path, name)] = _Target(module, path, name, 0, shape)
+            shape, dims = tuple(parameter.shape), _row_dims(module)
+            whole = _Target(module, path, name, 0, math.prod(shape[:dims]), shape, whole=True)
+            found[_join(path, name)] = whole
+            if dims > 1:
+                found[path if name == "weight" else f"{path}_{name}"] = whole
             start = 0
             for part, rows in getattr(module, "parts", ()):
-                found[_join(parent, part, name)] = _Target(module, path, name, start, (rows, *shape[1:]))
+                found[_join(parent, part, name)] = _Target(
+                    module, path, name, start, rows, (rows, *shape[dims:]), whole=False
+                )
                 start += rows
     return found
+
+
+def _row_dims(module: nn.Module) -> int:
+    return getattr(module, "row_dims", 1)
 
 
 def _join(*names: str) -> str:
@@ -118,7 +137,11 @@ def _tied_names(model: nn.Module) -> set[str]:
 
 
 def _rows_to_fill(model: nn.Module) -> dict[tuple[str, str], int]:
-    return {(path, name): p.shape[0] for path, module in model.named_modules() for name, p in _own(module)}
+    return {
+        (path, name): math.prod(p.shape[: _row_dims(module)])
+        for path, module in model.named_modules()
+        for name, p in _own(module)
+    }
 
 
 def _copy(target: _Target, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -131,7 +154,8 @@ def _copy(target: _Target, name: str, tensor: Tensor, dtype: torch.dtype, device
     if parameter.is_meta:
         parameter = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
         target.module._parameters[target.parameter] = parameter
-    rows = parameter.data[target.start : target.start + target.shape[0]]
+    rows = parameter.data.view(-1, *parameter.shape[_row_dims(target.module) :])
+    rows = rows[target.start : target.start + target.rows].view(target.shape)
     rows.copy_(tensor)
     if not torch.isfinite(rows.sum(dtype=torch.float32)):  # one pass; a finite sum means that every element is
         bad = int((~torch.isfinite(rows)).sum())
@@ -159,7 +183,9 @@ def _refuse(
             name
             for name, t in targets.items()
             # of a fused layer, name the parts that lack (or all of them when nothing came)
-            if (t.path, t.parameter) in unfilled and name not in seen and not _is_fused_name(name, t)
+            if (t.path, t.parameter) in unfilled
+            and name not in seen
+            and not (t.whole and getattr(t.module, "parts", ()))
         ]
         problems.append(f"missing: {_some(missing)}")
     if surplus:
@@ -169,10 +195,6 @@ def _refuse(
             f"the checkpoint does not fit {architecture.name}; " + "; ".join(problems) + ". "
             "Is the download complete, and does config.json belong to these weights?"
         )
-
-
-def _is_fused_name(name: str, target: _Target) -> bool:
-    return bool(getattr(target.module, "parts", ())) and name == _join(target.path, target.parameter)
 
 
 def _some(names: list[str], most: int = 5) -> str:

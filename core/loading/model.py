@@ -11,6 +11,7 @@ from modelport.loading.checkpoint import open_weights
 from modelport.loading.loader import WeightsError, fill_random, load_weights
 from modelport.modeling.embedding import Embedding, LMHead
 from modelport.modeling.linear import Linear
+from modelport.modeling.moe import ExpertLinear
 from modelport.plugin import Architecture, Checkpoint, ModelInfo, Plugins
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,7 +97,7 @@ def _quantise(model: nn.Module, name: str, plugins: Plugins) -> None:
     if packer is None:
         raise ValueError(f"quantization={name!r}: no plugin knows this method; 'int8' is built in")
     for module in model.modules():
-        if isinstance(module, Linear | LMHead | Embedding):
+        if isinstance(module, Linear | LMHead | Embedding | ExpertLinear):
             module.packer = packer
 
 

@@ -20,6 +20,11 @@ from modelport.modeling.linear import QKVLinear as QKVLinear
 from modelport.modeling.linear import RowLinear as RowLinear
 from modelport.modeling.mlp import MLP as MLP
 from modelport.modeling.mlp import GatedMLP as GatedMLP
+from modelport.modeling.moe import ExpertLinear as ExpertLinear
+from modelport.modeling.moe import Experts as Experts
+from modelport.modeling.moe import Router as Router
+from modelport.modeling.moe import SparseMixer as SparseMixer
+from modelport.modeling.moe import SwigluOAI as SwigluOAI
 from modelport.modeling.norm import LayerNorm as LayerNorm
 from modelport.modeling.norm import RMSNorm as RMSNorm
 from modelport.modeling.rope import Rope as Rope

@@ -76,6 +76,23 @@ struct Linear {
     int dtype, threads;
 };
 
+struct Experts {
+    const void *x;  // (tokens, hidden) in dtype
+    int64_t x_stride, tokens, hidden, width, experts, chosen;
+    const int64_t *ids;   // (tokens, chosen) experts; -1 for none
+    const float *shares;  // (tokens, chosen)
+    const void *gate_up, *down;  // blocked, see moe.py
+    int weight_dtype;
+    const float *gate_up_scales, *down_scales;  // (experts, 2, width) and (experts, hidden) for INT8
+    const float *gate_up_bias, *down_bias;      // of the same shapes, or null
+    const void *residual;                       // (tokens, hidden) in dtype, or null
+    int64_t residual_stride;
+    void *result;  // (tokens, hidden) contiguous
+    int act;
+    float limit, alpha;
+    int dtype, threads;
+};
+
 // f(with, part, parts) for every part in [0, parts), some of them on other threads; see pool.cpp.
 void run_parts(int parts, void (*f)(void *, int, int), void *with);
 
@@ -88,6 +105,7 @@ struct Kernels {
     void (*rope_write)(const RopeWrite &);
     void (*attention)(const Attention &);
     void (*linear)(const Linear &);
+    void (*experts)(const Experts &);
 };
 
 }  // namespace modelport

@@ -387,6 +387,50 @@ static PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return release((double)a.rows * a.in * a.out, [&] { chosen->linear(a); });
 }
 
+static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    Experts a{};
+    Tensor x = r.t(), ids = r.t(), shares = r.t(), gate_up = r.t(), gate_up_scales = r.maybe(), gate_up_bias = r.maybe(),
+           down = r.t(), down_scales = r.maybe(), down_bias = r.maybe(), residual = r.maybe(), out = r.t();
+    a.width = r.i(), a.act = (int)r.i(), a.limit = (float)r.f(), a.alpha = (float)r.f(), a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && out.dims == 2 && out.contiguous() && out.dtype == x.dtype);
+    a.tokens = x.n[0], a.hidden = x.n[1];
+    REQUIRE(ids.dims == 2 && ids.dtype == INT64 && ids.contiguous() && ids.n[0] == a.tokens);
+    a.chosen = ids.n[1];
+    REQUIRE(shares.dims == 2 && shares.dtype == FLOAT32 && shares.contiguous() && shares.n[0] == a.tokens);
+    REQUIRE(shares.n[1] == a.chosen && out.n[0] == a.tokens && out.n[1] == a.hidden && a.hidden > 0 && a.width > 0);
+    bool pairs = gate_up.dtype == BFLOAT16;
+    // (experts, parts, panels, in, 16); for bfloat16 (experts, parts, panels, in / 2, 16, 2)
+    auto fits = [&](const Tensor &w, int64_t parts, int64_t out, int64_t in) {
+        return w.dims == (pairs ? 6 : 5) && w.contiguous() && w.dtype == gate_up.dtype && w.n[0] == gate_up.n[0] &&
+               w.n[1] == parts && w.n[2] == (out + 15) / 16 && w.n[3] == (pairs ? (in + 1) / 2 : in) && w.n[4] == 16 &&
+               (!pairs || w.n[5] == 2);
+    };
+    REQUIRE(fits(gate_up, 2, a.width, a.hidden) && fits(down, 1, a.hidden, a.width));
+    a.experts = gate_up.n[0];
+    auto list = [&](const Tensor &t, int64_t parts, int64_t out) {
+        return t.dims == 3 && t.dtype == FLOAT32 && t.contiguous() && t.n[0] == a.experts && t.n[1] == parts && t.n[2] == out;
+    };
+    if (gate_up.dtype == INT8) {
+        REQUIRE(gate_up_scales.data && list(gate_up_scales, 2, a.width) && down_scales.data && list(down_scales, 1, a.hidden));
+    } else REQUIRE(gate_up.dtype == x.dtype && !gate_up_scales.data && !down_scales.data);
+    REQUIRE(!gate_up_bias.data || list(gate_up_bias, 2, a.width));
+    REQUIRE(!down_bias.data || list(down_bias, 1, a.hidden));
+    REQUIRE(!residual.data || (residual.rows(2) && residual.dtype == x.dtype && residual.n[0] == a.tokens && residual.n[1] == a.hidden));
+    a.ids = (const int64_t *)ids.data;
+    for (int64_t i = 0; i < a.tokens * a.chosen; ++i)
+        if (a.ids[i] < -1 || a.ids[i] >= a.experts) return refuse("a token chose expert %lld of %lld", a.ids[i], a.experts);
+    if (!a.tokens) return answer(true);
+    a.x = x.data, a.x_stride = x.stride[0], a.shares = (const float *)shares.data;
+    a.gate_up = gate_up.data, a.down = down.data, a.weight_dtype = gate_up.dtype;
+    a.gate_up_scales = (const float *)gate_up_scales.data, a.down_scales = (const float *)down_scales.data;
+    a.gate_up_bias = (const float *)gate_up_bias.data, a.down_bias = (const float *)down_bias.data;
+    a.residual = residual.data, a.residual_stride = residual.data ? residual.stride[0] : 0;
+    a.result = out.data, a.dtype = x.dtype;
+    return release((double)a.tokens * a.chosen * a.hidden * a.width, [&] { chosen->experts(a); });
+}
+
 // isa() names the variant in use, isa(name) also switches to it; for tests and benchmarks.
 static PyObject *isa(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (count == 1) {
@@ -417,7 +461,7 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(rotate),
                                 METHOD(cache_write),
-                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(isa), METHOD(use),
+                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts), METHOD(isa), METHOD(use),
                                 METHOD(available), {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_lib", "CPU kernels; see modelport.kernels.", -1, methods,
                                  nullptr, nullptr, nullptr, nullptr};

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modelport import LLM, SamplingParams
-from modelport.modeling import Linear, LMHead
+from modelport.modeling import ExpertLinear, Linear, LMHead
 from modelport.plugin import load_plugins
 from modelport.testing.reference import TransformersReference
 
@@ -30,7 +30,9 @@ def test_hook_quantization():
     assert hook.quantization(name="int3") is None
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM"])  # an own head, and a tied one
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "Qwen2ForCausalLM", "MixtralForCausalLM"]
+)  # an own head, a tied one; experts
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_linear_is_quantised_and_little_changes(name, dtype, tmp_path):
     folder = str(TransformersReference(load_plugins().find([name])).save(tmp_path))
@@ -38,7 +40,8 @@ def test_every_linear_is_quantised_and_little_changes(name, dtype, tmp_path):
     exact = LLM(folder, skip_tokenizer_init=True, dtype="float32")
     small = LLM(folder, skip_tokenizer_init=True, dtype=dtype, quantization="int8")
     model = small._front.engine.model
-    linears = [m for m in model.modules() if isinstance(m, Linear | LMHead) and not getattr(m, "is_tied", False)]
+    kinds = Linear | LMHead | ExpertLinear
+    linears = [m for m in model.modules() if isinstance(m, kinds) and not getattr(m, "is_tied", False)]
     assert all(m.packed.dtype == torch.int8 for m in linears)
     assert linears
     if model.lm_head.is_tied:

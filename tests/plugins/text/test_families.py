@@ -23,6 +23,8 @@ NAMES = [
     "Qwen2ForCausalLM",
     "GPT2LMHeadModel",
     "Gemma2ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
 ]
 GOLDENS = Path(__file__).parents[2] / "goldens"
 TOKENS = 32
