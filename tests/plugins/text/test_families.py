@@ -23,6 +23,9 @@ NAMES = [
     "Qwen2ForCausalLM",
     "GPT2LMHeadModel",
     "Gemma2ForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "MiniCPM3ForCausalLM",
     "MixtralForCausalLM",
     "Qwen2MoeForCausalLM",
 ]
