@@ -53,8 +53,8 @@ class Architecture:
     :ivar tiny: `config.json` entries of a small random instance, for checks.
     :ivar variants: further instances to check, by name: entries that override `tiny`, one for each flag that differs
         between published checkpoints (`{"tied": {"tie_word_embeddings": True}}`).
-    :ivar expected_failures: check (`"bfloat16"`) or variant and check (`"tied:greedy"`) -> why it is known to fail; shown
-        in every report, and a failure of its own once the check passes.
+    :ivar expected_failures: check (`"bfloat16"`) or variant and check (`"tied:greedy"`) -> why it is known to fail;
+        shown in every report, and a failure of its own once the check passes.
     :ivar maintainers: who answers for it: names, or handles with an `@`.
     :ivar replaces: name of the plugin whose architecture of the same name this one knowingly takes the place of.
     """

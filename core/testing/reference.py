@@ -141,14 +141,16 @@ def sensible_reference(
 def fill(model: nn.Module, seed: int, factor: float = 1.0) -> None:
     """Random values in every parameter, and in every stored buffer of zeros.
 
-    Matrices spread by the square root of what they sum over, so that sizes do not matter; vectors (norms, biases) lie
-    around one half.
+    Matrices spread by the square root of what they sum over, so that sizes do not matter; norms and other vectors lie
+    around one half, biases around zero: larger ones would drown what they are added to.
     """
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             spread = min(max(1.2 * factor * parameter.shape[-1] ** -0.5, 0.02), 0.6)
             parameter.data.normal_(0.0, spread, generator=generator)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0.0, 0.1, generator=generator)
         else:
             parameter.data.normal_(0.5, 0.3, generator=generator)
     stored = model.state_dict()

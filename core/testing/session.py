@@ -24,7 +24,7 @@ from types import ModuleType
 from modelport import API_VERSION, __version__
 from modelport.discovery import PluginRecord
 from modelport.loading.model import pick_device
-from modelport.plugin import Architecture, Plugins, hookimpl, load_plugins
+from modelport.plugin import Architecture, hookimpl, load_plugins
 from modelport.testing.reference import GoldenReference, ModuleReference, sensible_reference
 from modelport.testing.registry import Entry, Failure, Measured, Skip, all_checks
 from modelport.testing.report import Check, Report, level_of
@@ -76,9 +76,8 @@ class Session:
             config = json.loads((self.golden.folder / "config.json").read_text("utf-8"))
             architecture = next(iter(config.get("architectures") or ["(none)"]))
         pick_device(device)
-        self.device, self.modules, self._own_module = device, tuple(plugins), None
-        self.plugins = load_plugins(self.modules)
-        self.architecture, self.record = self._find(architecture)
+        self.device, self._own_module = device, None
+        self.architecture, self.record = self._find(architecture, tuple(plugins))
         self._entries = all_checks()
         self._refuse_unknown(self.architecture.expected_failures, "expected_failures names")
         self._scratch = tempfile.TemporaryDirectory(prefix="modelport-check-")
@@ -161,7 +160,8 @@ class Session:
             versions,
         )
 
-    def _find(self, wanted: Architecture | str) -> tuple[Architecture, PluginRecord | None]:
+    def _find(self, wanted: Architecture | str, modules: tuple[str, ...]) -> tuple[Architecture, PluginRecord | None]:
+        self.plugins = load_plugins(modules)
         if isinstance(wanted, str):
             wanted = self.plugins.find([wanted])
         record = next((r for r in self.plugins.records if wanted.name in r.provides), None)
@@ -174,8 +174,7 @@ class Session:
         module.register_architectures = hookimpl(lambda: [offered])
         sys.modules[module.__name__] = module
         self._own_module = module.__name__
-        self.modules += (module.__name__,)
-        self.plugins: Plugins = load_plugins(self.modules)
+        self.plugins = load_plugins((*modules, module.__name__))
         return wanted, None
 
     def _module(self) -> str:
@@ -194,11 +193,12 @@ class Session:
         if variant not in self._subjects:
             try:
                 self._subjects[variant] = self._make(variant)
-            except Exception as error:  # the same for every check of this variant
+            except Exception as error:
                 self._subjects[variant] = error
+                raise
         found = self._subjects[variant]
-        if isinstance(found, Exception):
-            raise found
+        if isinstance(found, Exception):  # told once, by the check that met it
+            raise Skip("not run: there is no instance to check; the first check says why")
         return found
 
     def _make(self, variant: str) -> Subject:
@@ -226,7 +226,7 @@ class Session:
             )
         scratch = folder / "scratch"
         scratch.mkdir(parents=True)
-        return Subject(architecture, self.plugins, self.modules, self._module(), files, scratch, reference, self.device)
+        return Subject(architecture, self.plugins, self._module(), files, scratch, reference, self.device)
 
     def _refuse_unknown(self, names: Iterable[str], what: str) -> None:
         known = [*self._entries, *(n for n in (f"{v}:{e}" for v in self.architecture.variants for e in self._entries))]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modelport.config import EngineConfig
+from modelport.frontend import Frontend, engine_config
 from modelport.llm import LLM
 from modelport.loading.checkpoint import read_config, resolve
 from modelport.loading.model import build, describe
@@ -61,21 +62,21 @@ class Subject:
 
     :param folder: `config.json` and weights; without weights when there is no reference: they are then made up.
     :param scratch: an empty folder for changed copies.
-    :param modules: dotted names of plugin modules to load.
+    :param plugins: loaded once for all engines, since there may be many of them.
+    :param module: dotted name of the architecture's own plugin module.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         plugins: Plugins,
-        modules: Sequence[str],
         module: str,
         folder: Path,
         scratch: Path,
         reference: ModuleReference | GoldenReference | None,
         device: str,
     ):
-        self.architecture, self.plugins, self.modules, self.module = architecture, plugins, tuple(modules), module
+        self.architecture, self.plugins, self.module = architecture, plugins, module
         self.folder, self.scratch, self.reference, self.device = folder, scratch, reference, device
         self._made: dict[str, Any] = {}
         self.raw_config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
@@ -168,11 +169,10 @@ class Subject:
             "max_num_batched_tokens": ROOM,
             "max_num_seqs": 16,
             "enable_prefix_caching": False,
-            "plugins": self.modules,
             **self._settings,
             **settings,
         }
-        return LLM(str(folder or self.folder), **given)
+        return LLM.over(Frontend(engine_config(str(folder or self.folder), given), plugins=self.plugins))
 
     def together(
         self, prompts: Sequence[Prompt], params: SamplingParams = GREEDY, llm: LLM | None = None, **settings: Any

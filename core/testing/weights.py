@@ -33,7 +33,7 @@ def weights(subject: Subject) -> Measured:
 @conformance_check()
 def missing_weights(subject: Subject) -> Measured:
     """A checkpoint that lacks a tensor is refused, whichever it is: none is dropped silently."""
-    names = [name for name in _one_of_each_kind(subject) if not _is_spare(subject, name)]
+    names = [name for name in _one_of_each_kind(subject) if not is_spare(subject, name)]
     for name in names:
         rest = {key: tensor for key, tensor in subject.tensors.items() if key != name}
         try:
@@ -113,7 +113,7 @@ def _numbers(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def _is_spare(subject: Subject, name: str) -> bool:
+def is_spare(subject: Subject, name: str) -> bool:
     """Whether the model says that it needs no such tensor: it is ignored, or a second copy of a tied head."""
     architecture = subject.architecture
     prefix = max((p for p in architecture.rename if name.startswith(p)), key=len, default=None)
