@@ -19,7 +19,7 @@ from modelport.inputs.prompts import PromptReader
 from modelport.inputs.tokenizer import Tokenizer, load_tokenizer
 from modelport.loading.checkpoint import read_config, resolve
 from modelport.loading.model import describe
-from modelport.plugin import load_plugins
+from modelport.plugin import Plugins, load_plugins
 from modelport.request import CompletionOutput, Prompt, Request, RequestOutput
 from modelport.sampling_params import SamplingParams
 
@@ -91,11 +91,12 @@ class Frontend:
     """An engine with its tokenizer; makes `Job`s of prompts.
 
     :param progress: show a bar while weights load.
+    :param plugins: loaded plugins to use; they are loaded as `settings` say when not given.
     """
 
-    def __init__(self, settings: EngineConfig, progress: bool = False):
+    def __init__(self, settings: EngineConfig, progress: bool = False, plugins: Plugins | None = None):
         self.settings = settings
-        self.plugins = load_plugins(extra=settings.plugins, blocked=settings.blocked_plugins)
+        self.plugins = plugins or load_plugins(extra=settings.plugins, blocked=settings.blocked_plugins)
         checkpoint = resolve(
             settings.model,
             settings.revision,

@@ -36,6 +36,13 @@ class LLM:
     def __init__(self, model: str, **settings: Any):
         self._front = Frontend(engine_config(model, settings), progress=sys.stderr.isatty())
 
+    @classmethod
+    def over(cls, front: Frontend) -> LLM:
+        """An `LLM` over a front end that was made apart, with plugins that were loaded before."""
+        llm = cls.__new__(cls)
+        llm._front = front
+        return llm
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._front.tokenizer

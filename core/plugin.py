@@ -47,8 +47,15 @@ class Architecture:
         stacks, transposes, and yields what the model takes.
     :ivar ignore: patterns (`fnmatch`) of checkpoint tensors that the model does not need, such as stored masks.
     :ivar tasks: what the model does; `"generate"` is the only one so far.
-    :ivar reference: what proves it right, `"transformers:AcmeForCausalLM"`.
+    :ivar reference: what proves it right: `"transformers:AcmeForCausalLM"`, or a function (`"module:function"`, or the
+        function itself) that takes a dictionary of `config.json` entries and returns an `nn.Module` whose `state_dict`
+        has the checkpoint's names and whose call on (1, tokens) int64 ids gives the logits. docs/conformance.md.
     :ivar tiny: `config.json` entries of a small random instance, for checks.
+    :ivar variants: further instances to check, by name: entries that override `tiny`, one for each flag that differs
+        between published checkpoints (`{"tied": {"tie_word_embeddings": True}}`).
+    :ivar expected_failures: check (`"bfloat16"`) or variant and check (`"tied:greedy"`) -> why it is known to fail;
+        shown in every report, and a failure of its own once the check passes.
+    :ivar maintainers: who answers for it: names, or handles with an `@`.
     :ivar replaces: name of the plugin whose architecture of the same name this one knowingly takes the place of.
     """
 
@@ -59,8 +66,11 @@ class Architecture:
     weights: Callable[[Iterable[tuple[str, Tensor]], Any], Iterable[tuple[str, Tensor]]] | None = None
     ignore: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("generate",)
-    reference: str | None = None
+    reference: str | Callable[[dict[str, Any]], nn.Module] | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    expected_failures: Mapping[str, str] = field(default_factory=dict)
+    maintainers: tuple[str, ...] = ()
     replaces: str | None = None
 
     def model_class(self) -> type[nn.Module]:

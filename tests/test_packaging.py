@@ -72,7 +72,7 @@ def test_every_built_in_plugin_has_an_entry_point() -> None:
 def test_every_import_is_a_declared_dependency() -> None:
     """Walks the syntax trees; imports inside functions count as well."""
     extras = PROJECT["project"]["optional-dependencies"]
-    wishes = [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["demo"]]
+    wishes = [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["demo"], *extras["testing"]]
     names = {text.split(">")[0].replace("-", "_") for text in wishes}
     names |= {"modelport", "triton", *sys.stdlib_module_names}  # torch brings triton where it can be used
     missing = set()

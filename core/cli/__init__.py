@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk with a model",
     "models": "list the architectures that can run",
     "plugins": "list the plugins that are installed",
+    "check": "prove that architectures compute what they should",
     "bench": "measure speed, latency and start-up",
     "doctor": "check this installation",
 }

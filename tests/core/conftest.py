@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from modelport.plugin import load_plugins
-from modelport.testing.reference import TransformersReference
+from modelport.testing.reference import ModuleReference
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -37,6 +37,6 @@ def write_tokenizer(folder: Path) -> None:
 def tiny(tmp_path_factory) -> str:
     """A folder with a tiny random Llama."""
     folder = tmp_path_factory.mktemp("tiny")
-    TransformersReference(load_plugins().find(["LlamaForCausalLM"])).save(folder)
+    ModuleReference(load_plugins().find(["LlamaForCausalLM"])).save(folder)
     write_tokenizer(folder)
     return str(folder)

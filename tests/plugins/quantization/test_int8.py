@@ -10,7 +10,7 @@ import torch
 from modelport import LLM, SamplingParams
 from modelport.modeling import ExpertLinear, Linear, LMHead
 from modelport.plugin import load_plugins
-from modelport.testing.reference import TransformersReference
+from modelport.testing.reference import ModuleReference
 
 ESSAY = Path(__file__).parents[2] / "data" / "essay.txt"
 SCORE = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
@@ -35,7 +35,7 @@ def test_hook_quantization():
 )  # an own head, a tied one; experts
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_linear_is_quantised_and_little_changes(name, dtype, tmp_path):
-    folder = str(TransformersReference(load_plugins().find([name])).save(tmp_path))
+    folder = str(ModuleReference(load_plugins().find([name])).save(tmp_path))
     ids = torch.randint(1, 320, (1, 90), generator=torch.Generator().manual_seed(1)).tolist()
     exact = LLM(folder, skip_tokenizer_init=True, dtype="float32")
     small = LLM(folder, skip_tokenizer_init=True, dtype=dtype, quantization="int8")
@@ -52,7 +52,7 @@ def test_every_linear_is_quantised_and_little_changes(name, dtype, tmp_path):
 
 
 def test_an_unknown_method_is_refused(tmp_path):
-    folder = str(TransformersReference(load_plugins().find(["LlamaForCausalLM"])).save(tmp_path))
+    folder = str(ModuleReference(load_plugins().find(["LlamaForCausalLM"])).save(tmp_path))
     with pytest.raises(ValueError, match="quantization='int3': no plugin knows this method; 'int8' is built in"):
         LLM(folder, skip_tokenizer_init=True, quantization="int3")
 
