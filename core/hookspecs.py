@@ -96,8 +96,8 @@ def quantization(name: str) -> Callable[[Tensor], PackedWeight] | None:
     """Return what quantises a weight, for a method that the user named.
 
     :param name: the engine's `quantization` setting.
-    :return: a function from a weight (out_features, in_features) to the packed form that every linear layer, head and
-        shared embedding then keeps instead, or None when this plugin does not know the method.
+    :return: a function from a weight (out_features, in_features) to the packed form that every linear layer, expert,
+        head and shared embedding then keeps instead, or None when this plugin does not know the method.
 
     First result. Runs in: every worker.
     """
