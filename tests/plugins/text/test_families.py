@@ -25,6 +25,15 @@ NAMES = [
     "Gemma2ForCausalLM",
     "MixtralForCausalLM",
     "Qwen2MoeForCausalLM",
+    "GemmaForCausalLM",
+    "GPTBigCodeForCausalLM",
+    "GraniteForCausalLM",
+    "NemotronForCausalLM",
+    "OlmoForCausalLM",
+    "Olmo2ForCausalLM",
+    "PhiForCausalLM",
+    "Qwen3ForCausalLM",
+    "Starcoder2ForCausalLM",
 ]
 GOLDENS = Path(__file__).parents[2] / "goldens"
 TOKENS = 32
