@@ -51,6 +51,8 @@ class CausalLM(nn.Module):
 
     :param block: called with the configuration and the layer's index.
     :param norm: the final norm.
+    :param embed_scale: factor on embeddings.
+    :param head_bias: whether the head has one; `logit_scale` and `logit_softcap` are its `scale` and `softcap`.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class CausalLM(nn.Module):
         norm: nn.Module,
         *,
         embed_scale: float = 1.0,
+        head_bias: bool = False,
+        logit_scale: float = 1.0,
         logit_softcap: float = 0.0,
     ):
         super().__init__()
@@ -68,7 +72,9 @@ class CausalLM(nn.Module):
         self.model.layers = nn.ModuleList(block(cfg, i) for i in range(cfg.num_hidden_layers))
         self.model.norm = norm
         tied = self.model.embed_tokens if cfg.tie_word_embeddings else None
-        self.lm_head = LMHead(cfg.hidden_size, cfg.vocab_size, tied=tied, softcap=logit_softcap)
+        self.lm_head = LMHead(
+            cfg.hidden_size, cfg.vocab_size, tied=tied, bias=head_bias, scale=logit_scale, softcap=logit_softcap
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(token_ids)

@@ -56,7 +56,8 @@ class LMHead(nn.Module):
     """Hidden states to logits over the vocabulary, (rows, hidden_size) -> (rows, vocab_size).
 
     :param tied: the embedding whose weight is also the head's; the checkpoint then needs none of its own.
-    :param softcap: logits become `softcap * tanh(logits / softcap)`; 0 for none.
+    :param scale: factor on logits.
+    :param softcap: logits, scaled, become `softcap * tanh(logits / softcap)`; 0 for none.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class LMHead(nn.Module):
         *,
         tied: Embedding | None = None,
         bias: bool = False,
+        scale: float = 1.0,
         softcap: float = 0.0,
     ):
         super().__init__()
-        self.tied, self.softcap = (tied,), softcap  # in a tuple, so that the weight is registered once
+        self.scale, self.softcap = scale, softcap
+        self.tied = (tied,)  # in a tuple, so that the weight is registered once
         if tied is not None:
             tied.is_shared = True
         self.weight = (
@@ -91,4 +94,6 @@ class LMHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = kernel.linear(x, self.tied[0].packed if self.is_tied else self.packed, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

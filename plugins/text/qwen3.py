@@ -1,0 +1,76 @@
+"""Qwen3: Llama's shape, every head of queries and keys normalised before it is rotated; later layers may slide."""
+
+from torch import Tensor, nn
+
+from modelport.batch import Batch
+from modelport.config import TextConfig
+from modelport.modeling import Attention, CausalLM, GatedMLP, QKVLinear, RMSNorm, Rope, RowLinear
+from modelport.plugin import Architecture, hookimpl
+
+modelport_api = 1
+
+
+class Qwen3Config(TextConfig):
+    head_dim: int = 128
+    max_position_embeddings: int = 32768
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+
+    def window(self, layer: int) -> int:
+        """Layers from `max_window_layers` on slide, when `use_sliding_window` says so at all."""
+        if not self.use_sliding_window or not self.sliding_window:
+            return 0
+        slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else layer >= self.max_window_layers
+        return self.sliding_window if slides else 0
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg: Qwen3Config, layer: int):
+        super().__init__()
+        heads, kv_heads, size, bias = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim, cfg.attention_bias
+        self.qkv_proj = QKVLinear(cfg.hidden_size, heads, kv_heads, size, bias)
+        self.q_norm = RMSNorm(size, cfg.rms_norm_eps)
+        self.k_norm = RMSNorm(size, cfg.rms_norm_eps)
+        rope = Rope(size, cfg.rope_parameters)
+        self.attn = Attention(heads, kv_heads, size, rope=rope, window=cfg.window(layer))
+        self.o_proj = RowLinear(heads * size, cfg.hidden_size, bias)
+
+    def forward(self, x: Tensor, batch: Batch, residual: Tensor) -> Tensor:
+        q, k, v = self.qkv_proj(x)
+        return self.o_proj(self.attn(self.q_norm(q), self.k_norm(k), v, batch), residual)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: Qwen3Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = SelfAttention(cfg, layer)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = GatedMLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:  # x: (tokens, hidden_size)
+        x = self.self_attn(self.input_layernorm(x), batch, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
+
+
+class Qwen3(CausalLM):
+    def __init__(self, cfg: Qwen3Config):
+        super().__init__(cfg, Block, RMSNorm(cfg.hidden_size, cfg.rms_norm_eps))
+
+
+@hookimpl
+def register_architectures() -> list[Architecture]:
+    tiny = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+    }
+    return [Architecture("Qwen3ForCausalLM", Qwen3, Qwen3Config, reference="transformers:Qwen3ForCausalLM", tiny=tiny)]
