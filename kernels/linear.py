@@ -3,7 +3,9 @@
 The packed form replaces the weight, it is not a second copy: `PackedWeight.rows` still looks up embeddings in it and
 `PackedWeight.unpack` gives the matrix back. Blocked layout, 16 outputs (lanes) to a panel, so that one panel is one
 sequential stream for one-row products and the B operand of the matrix kernel for many rows:
-  float32, float16, int8: (panels, in, 16);  bfloat16: (panels, in / 2, 16, 2), pairs as dot-product instructions want.
+  float32, float16: (panels, in, 16);  bfloat16, int8: (panels, in / 2, 16, 2), pairs as dot-product instructions want.
+Against int8, rows of bfloat16 and float16 become int16 with a scale for every 128 values: sums of integers take half
+the instructions, and what the rows lose is a hundredth of what the weights lost.
 """
 
 from dataclasses import dataclass
@@ -54,7 +56,7 @@ class PackedWeight:
 
 def _block(weight: Tensor) -> Tensor:
     out, width = weight.shape
-    pair = weight.dtype == torch.bfloat16
+    pair = weight.dtype in (torch.bfloat16, torch.int8)
     weight = F.pad(weight, (0, width % 2 if pair else 0, 0, -out % LANES))
     panels = weight.view(-1, LANES, weight.shape[1])
     if pair:
@@ -93,9 +95,10 @@ def linear_reference(
     """Plain torch version of `linear`."""
     weight = packed.unpack() if packed.blocked else packed.data
     if packed.scales is not None:
-        # Scaling the result, not the weight, keeps the codes exact in x.dtype.
+        # Scaling the result, not the weight, keeps the codes exact in x.dtype; but a float16 would not hold the sums.
         codes = torch.round(weight / packed.scales[:, None]) if packed.blocked else weight
-        out = F.linear(x, codes.to(x.dtype)).float() * packed.scales
+        held = torch.float32 if x.dtype == torch.float16 else x.dtype
+        out = F.linear(x.to(held), codes.to(held)).float() * packed.scales
         out = out if bias is None else out + bias
         return (out if residual is None else out + residual).to(x.dtype)
     out = F.linear(x, weight, bias)

@@ -46,7 +46,7 @@ static int variants(Variant (&list)[8]) {
 #endif
     list[n++] = {&avx2::kernels, two};
     list[n++] = {&avx512::kernels, five};
-    list[n++] = {&avx512bf16::kernels, five && __builtin_cpu_supports("avx512bf16")};
+    list[n++] = {&avx512bf16::kernels, five && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")};
 #endif
     return n;
 }
@@ -373,7 +373,7 @@ static PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!r.ok()) return nullptr;
     REQUIRE(r.good && x.rows(2) && x.floating() && out.dims == 2 && out.contiguous() && out.dtype == x.dtype);
     a.rows = x.n[0], a.in = x.n[1], a.out = out.n[1];
-    bool pairs = weight.dtype == BFLOAT16;
+    bool pairs = weight.dtype == BFLOAT16 || weight.dtype == INT8;
     REQUIRE(out.n[0] == a.rows && weight.contiguous() && weight.dims == (pairs ? 4 : 3) && a.in > 0 && a.out > 0);
     REQUIRE(weight.n[0] == (a.out + 15) / 16 && weight.n[1] == (pairs ? (a.in + 1) / 2 : a.in) && weight.n[2] == 16);
     REQUIRE(!pairs || weight.n[3] == 2);

@@ -26,7 +26,7 @@ template <class V> INLINE V read(const void *p) {
 }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE vf splat(float x) { return x - vf{}; }  // x - 0 keeps the sign of zero
 INLINE vf most(vf a, vf b) { return a > b ? a : b; }
 
@@ -251,6 +251,23 @@ template <class F> INLINE void parallel(int threads, int64_t tasks, double work,
     int64_t useful = least(tasks, (int64_t)(work / 20000.0));
     if (threads > 1 && useful > 1) run_parts(threads, call<F>, &f);
     else call<F>(&f, 0, 1);
+}
+
+// f(from, to) over [0, count), at most `chunk` at a time. Each thread has a range of its own, which it reads in order,
+// and then helps with the others': none waits for one that is held up, and no two read the same stream by turns.
+template <class F> INLINE void share(int threads, int64_t count, int64_t chunk, double work, F f) {
+    struct alignas(64) Range { int64_t next, end; } ranges[64];
+    int64_t chunks = (count + chunk - 1) / chunk;
+    int many = threads < 64 ? threads : 64;
+    for (int i = 0; i < many; ++i)
+        ranges[i] = {count * i / many, count * (i + 1) / many};
+    parallel(threads, chunks, work, [&](int part, int parts) {
+        for (int i = 0; i < many; ++i) {
+            Range &range = ranges[(part * many / parts + i) % many];
+            for (int64_t from; (from = __atomic_fetch_add(&range.next, chunk, __ATOMIC_RELAXED)) < range.end;)
+                f(from, least(from + chunk, range.end));
+        }
+    });
 }
 
 struct Scratch {  // grows, belongs to one thread; large ones are given back

@@ -57,6 +57,48 @@ def test_int8(tokens: int, width: int, out: int, dtype: torch.dtype, extras: boo
     torch.testing.assert_close(reference, want, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+def test_int8_keeps_what_the_rows_say(tokens: int, dtype: torch.dtype) -> None:
+    """Rows become int16 on the way: values far apart in one row must not drown each other."""
+    x = torch.randn(tokens, 1000)
+    x[:, 5::100] *= 500
+    x, packed = x.to(dtype), linear.pack_int8(torch.randn(80, 1000))
+    want = x.double() @ packed.unpack().double().T
+    got = linear.linear(x, packed).double()
+    rounding = 8e-3 if dtype == torch.bfloat16 else 1e-3  # of the result to its dtype; the reference does it twice
+    torch.testing.assert_close(got, want, rtol=rounding, atol=3e-4 * want.abs().max().item())
+    small = (x * 1e-3).to(dtype)
+    small[:, 5::100] = 0
+    want = small.double() @ packed.unpack().double().T
+    torch.testing.assert_close(linear.linear(small, packed), want.to(dtype), rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_int8_does_not_hide_what_is_not_finite(bad: float) -> None:
+    x, packed = torch.randn(5, 300).bfloat16(), linear.pack_int8(torch.randn(40, 300))
+    x[2, 150] = bad
+    got = linear.linear(x, packed)
+    assert not got[2].isfinite().any()
+    assert got[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_any_number_of_threads(quantised: bool) -> None:
+    x, weight = torch.randn(3, 576).bfloat16(), torch.randn(1000, 576).bfloat16()
+    packed = linear.pack_int8(weight) if quantised else linear.pack(weight)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7, 100):
+            torch.set_num_threads(threads)
+            results.append(linear.linear(x, packed))
+    finally:
+        torch.set_num_threads(before)
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (17, 5), (48, 33), (100, 64)])
 def test_packed_weight_still_serves_as_a_table(dtype: torch.dtype, shape: tuple[int, int]) -> None:
