@@ -1,6 +1,6 @@
 """The greatest element of each row, which is all that greedy decoding asks of the logits.
 
-One pass that also tells whether the row holds a NaN: torch takes tens of times as long for bfloat16 rows on a processor.
+One pass, which also tells whether the row holds a NaN; for bfloat16 rows torch takes over ten times as long on a CPU.
 """
 
 import torch
@@ -18,7 +18,7 @@ def argmax_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
     """Where the greatest element of each row is, the first of equals, and its value.
 
-    x: (rows, width) of any floating type -> (rows,) int64, (rows,) float32. A row with a NaN has the value NaN, and some
+    x: (rows, width) of any floating type -> (rows,) int64, (rows,) float32. A row with a NaN has the value NaN and some
     place inside the row.
     """
     if x.dim() != 2 or x.shape[1] == 0:
