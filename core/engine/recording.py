@@ -175,6 +175,11 @@ class _Watch(TorchDispatchMode):
         self._memory, self._used = memory, 0
         self._operations: list[tuple[int, Callable[[], None]]] = []  # and how many kernels were called before
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else the first recording imports torch's compiler, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with self:  # operations that consist of others may hide what cannot be replayed
