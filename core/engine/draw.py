@@ -1,4 +1,4 @@
-"""The arithmetic of a draw: the best token, the tokens that filters leave, and the one that a random number points at.
+"""The arithmetic of a draw: the tokens that filters leave, and the one that a random number points at.
 
 Decisions: all works on weights exp((logit - best) / temperature), which lie in [0, 1], so that a filter is a threshold
 and nothing is sorted whole unless a row's nucleus is wide. Long rows are searched in two levels, blocks first and then
@@ -22,18 +22,6 @@ def uniform(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
     return (_mix(_mix(seeds) + places) >> np.uint64(11)) * 2.0**-53
 
 
-def best_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's most likely token, the first of equals, and its logit; NaN if the row has one.
-
-    :param x: (rows, vocab) of any floating type.
-    """
-    whole, rest = _blocks(x)
-    tops = [whole.amax(-1), rest.amax(-1, keepdim=True)] if rest.shape[1] else [whole.amax(-1)]
-    best, block = torch.cat(tops, 1).max(-1)
-    values, start = _inside(x, block, -torch.inf)
-    return start + values.argmax(-1), best
-
-
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     """(rows,) int64 tokens: the inverse of the distribution function, tokens in the order of their ids.
 
@@ -43,7 +31,7 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     target = uniforms * cumulative[:, -1]  # rounded, this is still below the sum
     block = (cumulative <= target[:, None]).sum(-1).clamp_(max=cumulative.shape[1] - 1)
     before = pad(cumulative, (1, 0)).gather(1, block[:, None])[:, 0]
-    values, start = _inside(weights, block, 0.0)
+    values, start = _inside(weights, block)
     inner = values.double().cumsum(-1)
     # A float32 sum of the block may exceed this one: stay below it, lest the search end on a token of weight 0.
     rest = torch.minimum(target - before, torch.nextafter(inner[:, -1], inner.new_zeros(())))
@@ -122,12 +110,12 @@ def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, : n * BLOCK].unflatten(1, (n, BLOCK)), x[:, n * BLOCK :]
 
 
-def _inside(x: Tensor, block: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """One block of each row, (rows, BLOCK), with `fill` beyond the row's end; and the place where each begins."""
+def _inside(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    """One block of each row, (rows, BLOCK), with 0 beyond the row's end; and the place where each begins."""
     start = block * BLOCK
     places = start[:, None] + torch.arange(BLOCK, device=x.device)
     values = x.gather(1, places.clamp(max=x.shape[1] - 1))
-    return values.masked_fill_(places >= x.shape[1], fill), start
+    return values.masked_fill_(places >= x.shape[1], 0.0), start
 
 
 def _cumulative(weights: Tensor) -> Tensor:

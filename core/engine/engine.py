@@ -58,6 +58,7 @@ class Engine:
             self.max_model_len,
             settings.block_size,
             memory.groups,
+            memory.states,
             about.device,
             by_length=rope is not None,
         )

@@ -64,12 +64,14 @@ class Memory:
     :ivar num_rows: most running requests.
     :ivar max_model_len: most tokens of one request.
     :ivar shareable: whether equal beginnings of prompts can be shared between requests.
+    :ivar states: of recurrent layers, (num_rows, *shape) each.
     """
 
     groups: list[Group]
     num_rows: int
     max_model_len: int
     shareable: bool
+    states: list[torch.Tensor]
 
 
 def attach_memory(
@@ -117,13 +119,14 @@ def attach_memory(
             zeros((counts[group], spec.num_kv_heads, size, dim), dtype, device) if dim else None for dim in spec.dims
         )
         layer.attach(k_cache, v_cache, group)
+    states = []
     for layer in recurrent:
         spec = layer.cache_spec
-        layer.attach(
-            *(zeros((num_rows, *s), d or dtype, device) for s, d in zip(spec.shapes, spec.dtypes, strict=True))
-        )
+        mine = [zeros((num_rows, *s), d or dtype, device) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
+        layer.attach(*mine)
+        states.extend(mine)
     shareable = bool(paged) and not recurrent and not any(cross for _, cross in kinds)
-    return Memory(groups, num_rows, max_model_len, shareable)
+    return Memory(groups, num_rows, max_model_len, shareable, states)
 
 
 def _blocks_within(budget: int, bytes_of: list[int], limits: list[int]) -> int:

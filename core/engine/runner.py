@@ -12,8 +12,10 @@ from torch import Tensor
 
 from modelport.batch import Batch, Encoded, Pages
 from modelport.engine.cache import Group
+from modelport.engine.recording import Recorder
 from modelport.engine.sampler import Sampler, TokenLogprobs, prompt_logprobs
 from modelport.engine.scheduler import Plan
+from modelport.kernels import cpu
 from modelport.modeling.decoder import Model, forward
 from modelport.request import Request
 
@@ -39,6 +41,7 @@ class Runner:
     :param max_model_len: columns: most tokens of one request.
     :param by_length: rotary angles depend on a sequence's length.
     :param groups: of the cache; each has a table of block numbers.
+    :param states: of recurrent layers, (num_slots, *shape) each.
     """
 
     def __init__(
@@ -49,11 +52,14 @@ class Runner:
         max_model_len: int,
         block_size: int,
         groups: list[Group],
+        states: list[Tensor],
         device: torch.device,
         by_length: bool = False,
     ):
         self.model, self.device, self.block_size = model, device, block_size
         self.sampler = Sampler(vocab_size, num_slots, device)
+        recorded = device.type == "cpu" and cpu.lib is not None
+        self.recorder = Recorder(self._decode, states) if recorded else None
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
         columns = -(-max_model_len // block_size)
@@ -78,8 +84,25 @@ class Runner:
             self._note_blocks(request)
 
         token_ids, batch = self._batch(plan, slots, computed, counts)
-        state = forward(self.model, token_ids, batch)
-        return self._finish(plan, state, slots, computed, counts, lengths)
+        result = StepResult([-1] * len(slots))
+        done = np.flatnonzero(computed + counts == lengths)
+        scored = {i: r for i, r in enumerate(plan.requests) if r.wants_prompt_logprobs}
+        logits = None
+        if self.recorder is not None and len(done) == len(token_ids) and not plan.joined and not scored:
+            logits = self.recorder.run(token_ids, batch)
+        if logits is None:
+            state = forward(self.model, token_ids, batch)
+            ends = np.cumsum(counts)
+            for index, request in scored.items():
+                result.prompt_logprobs[index] = self._score(request, state, ends[index] - counts[index], counts[index])
+            logits = self._logits(state, self._tensor(ends[done] - 1)) if len(done) else None
+        if logits is not None:
+            self._sample(result, logits, slots, lengths, done)
+        return result
+
+    def _decode(self, token_ids: Tensor, batch: Batch) -> Tensor:
+        """Logits of every row."""
+        return self.model.lm_head(self.model.finish(forward(self.model, token_ids, batch)))
 
     def _join(self, request: Request) -> None:
         slot = request.slot
@@ -161,37 +184,24 @@ class Runner:
         lens = self._encoder_lens
         return Encoded(states, self._tensor(lens[slots]), self._tensor(lens[rows]))
 
-    def _finish(
-        self,
-        plan: Plan,
-        state: Tensor | tuple[Tensor, ...],
-        slots: np.ndarray,
-        computed: np.ndarray,
-        counts: np.ndarray,
-        lengths: np.ndarray,
-    ) -> StepResult:
-        """Logits for the rows that need them, and only those."""
-        result = StepResult([-1] * len(slots))
-        ends = np.cumsum(counts)
-        done = np.flatnonzero(computed + counts == lengths)
-        scored = {i: r for i, r in enumerate(plan.requests) if r.wants_prompt_logprobs}
-        for index, request in scored.items():
-            result.prompt_logprobs[index] = self._score(request, state, ends[index] - counts[index], counts[index])
-        if len(done):
-            logits = self._logits(state, self._tensor(ends[done] - 1))
-            sampled = self.sampler.sample(logits, slots[done])
-            for row, index in enumerate(done.tolist()):
-                if row in sampled.errors:
-                    result.errors[index] = sampled.errors[row]
-                    continue
-                token = int(sampled.token_ids[row])
+    def _sample(
+        self, result: StepResult, logits: Tensor, slots: np.ndarray, lengths: np.ndarray, done: np.ndarray
+    ) -> None:
+        """Draw a token for each of the requests `done`, whose logits these are, and note it."""
+        slots = slots[done]
+        sampled = self.sampler.sample(logits, slots)
+        room = lengths[done] < self._token_ids.shape[1]
+        self._token_ids[slots[room], lengths[done][room]] = sampled.token_ids[room]  # of no use where there is an error
+        tokens = sampled.token_ids.tolist()
+        for index, slot, token in zip(done.tolist(), slots.tolist(), tokens, strict=True):
+            if token >= 0:
                 result.token_ids[index] = token
-                self._outputs[slots[index]].append(token)
-                if lengths[index] < self._token_ids.shape[1]:
-                    self._token_ids[slots[index], lengths[index]] = token
-                if sampled.logprobs[row] is not None:
-                    result.logprobs[index] = sampled.logprobs[row]
-        return result
+                self._outputs[slot].append(token)
+        for row, found in enumerate(sampled.logprobs):
+            if found is not None:
+                result.logprobs[int(done[row])] = found
+        for row, error in sampled.errors.items():
+            result.errors[int(done[row])] = error
 
     def _score(
         self, request: Request, state: Tensor | tuple[Tensor, ...], start: int, count: int

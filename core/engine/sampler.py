@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelport.engine.draw import best_tokens, draw, filter_weights, uniform
+from modelport.engine.draw import draw, filter_weights, uniform
 from modelport.engine.logits import LogitsEdits
+from modelport.kernels.argmax import argmax
 from modelport.sampling_params import SamplingParams
 
 SCORED_ROWS = 128  # prompt rows scored at a time, which bounds the float32 copies
@@ -120,7 +121,7 @@ class Sampler:
         if self._edits.active[slots].any():
             x = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
             errors = self._edits.apply(x, slots)
-        tokens, best = best_tokens(x)
+        tokens, best = argmax(x)
         drawn = self._temperature[slots] > 0
         filtered = drawn & self._filtered[slots]
         for chosen, weigh in ((drawn & ~filtered, self._weights), (filtered, self._filtered_weights)):
@@ -136,7 +137,7 @@ class Sampler:
     def _weights(self, x: Tensor, best: Tensor, slots: np.ndarray) -> Tensor:
         """(rows, vocab) float32 in [0, 1], the most likely token having 1."""
         temperature = self._tensor(self._temperature[slots])[:, None]
-        return torch.sub(x, best.float()[:, None]).float().div_(temperature).exp_()
+        return torch.sub(x, best[:, None]).float().div_(temperature).exp_()
 
     def _filtered_weights(self, x: Tensor, best: Tensor, slots: np.ndarray) -> Tensor:
         """`_weights` with a 0 for every token that `top_k`, `top_p` and `min_p` leave out."""
@@ -155,7 +156,7 @@ class Sampler:
             found = _score(logits[where], tokens[where], int(wanted.max()))
             for row, k, entry in zip(rows.tolist(), wanted.tolist(), found, strict=True):
                 logprobs[row] = TokenLogprobs(entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k])
-        token_ids, best = tokens.cpu().numpy(), best.float().cpu().numpy()
+        token_ids, best = tokens.cpu().numpy(), best.cpu().numpy()
         for row in np.flatnonzero(~np.isfinite(best)).tolist():
             errors.setdefault(row, _why_not(best[row], slots[row]))
         for row in errors:

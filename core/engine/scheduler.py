@@ -6,7 +6,7 @@ at the head of the queue. The cost of a step grows with the running requests, no
 """
 
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -41,7 +41,7 @@ class Scheduler:
     ):
         self._length_class = length_class
         self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
-        self.waiting: deque[Request] = deque()
+        self.waiting: OrderedDict[Request, None] = OrderedDict()  # a queue that anybody can leave
         self.running: list[Request] = []
         self._followers: dict[int, list[Request]] = {}  # id of a leader -> those that wait for its prompt
         self._slots = list(range(max_num_seqs - 1, -1, -1))
@@ -55,7 +55,7 @@ class Scheduler:
         if request.leader is not None and self.cache.prefix_caching:
             self._followers.setdefault(id(request.leader), []).append(request)
         else:
-            self.waiting.append(request)
+            self.waiting[request] = None
 
     def plan(self) -> Plan:
         """Choose the next step; blocks for it are taken. Empty when nothing can run."""
@@ -80,10 +80,11 @@ class Scheduler:
                 continue
             break
         while self.waiting and self._slots and budget > 0 and not preempted:
-            count = self._admit(self.waiting[0], budget)
+            request = next(iter(self.waiting))
+            count = self._admit(request, budget)
             if not count:
                 break
-            request = self.waiting.popleft()
+            del self.waiting[request]
             self.running.append(request)
             plan.requests.append(request)
             plan.counts.append(count)
@@ -105,13 +106,11 @@ class Scheduler:
             self.running.remove(request)
             self._give_back(request)
         elif request in self.waiting:
-            self.waiting.remove(request)
-        else:
-            for leader, followers in list(self._followers.items()):
-                if request in followers:
-                    followers.remove(request)
-                    if not followers:
-                        del self._followers[leader]
+            del self.waiting[request]
+        elif request.leader is not None and request in (followers := self._followers.get(id(request.leader), [])):
+            followers.remove(request)
+            if not followers:
+                del self._followers[id(request.leader)]
         self._release_followers(request)
 
     def _admit(self, request: Request, budget: int) -> int:
@@ -153,7 +152,7 @@ class Scheduler:
         self._give_back(request)
         request.num_computed = 0
         request.metrics.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self._put_first(request)
 
     def _give_back(self, request: Request) -> None:
         self.cache.release(request)
@@ -163,4 +162,8 @@ class Scheduler:
 
     def _release_followers(self, leader: Request) -> None:
         for request in reversed(self._followers.pop(id(leader), [])):
-            self.waiting.appendleft(request)
+            self._put_first(request)
+
+    def _put_first(self, request: Request) -> None:
+        self.waiting[request] = None
+        self.waiting.move_to_end(request, last=False)

@@ -11,14 +11,25 @@ from pathlib import Path
 SOURCES = [
     "module.cpp",
     "pool.cpp",
+    "tape.cpp",
     "variant_portable.cpp",
     "variant_avx2.cpp",
     "variant_avx512.cpp",
     "variant_avx512bf16.cpp",
     "variant_emulated.cpp",
 ]  # fmt: skip
-HEADERS = ["kernels.h", "simd.h", "rows.inc", "rope.inc", "matrix.inc", "linear.inc", "attention.inc", "moe.inc",
-           "variant.inc"]  # fmt: skip
+HEADERS = [
+    "kernels.h",
+    "tape.h",
+    "simd.h",
+    "rows.inc",
+    "rope.inc",
+    "matrix.inc",
+    "linear.inc",
+    "attention.inc",
+    "moe.inc",
+    "variant.inc",
+]  # fmt: skip
 COMPILE_ARGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti",
                 "-fvisibility=hidden", "-Wno-psabi", "-pthread"]  # fmt: skip
 LINK_ARGS = ["-pthread"]

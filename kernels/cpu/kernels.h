@@ -23,6 +23,14 @@ struct Norm {
     float eps, offset;
 };
 
+struct Best {  // x: (rows, width)
+    const void *x;
+    int64_t rows, width, stride;
+    int64_t *places;  // (rows,): of the greatest element, the first of equals
+    float *values;    // (rows,): that element; NaN when the row has one
+    int dtype, threads;
+};
+
 struct RopeWrite {  // q, k, v: (tokens, heads, dim); caches: (blocks, kv_heads, block_size, dim); null pointers are skipped
     void *q;
     int64_t q_token, q_head, heads;
@@ -102,6 +110,7 @@ struct Kernels {
     void (*layer_norm)(const Norm &);
     void (*activate)(const Rows &, int kind);
     void (*gated)(const Rows &, int kind);  // width is the output's, a row of x is twice that
+    void (*best)(const Best &);
     void (*rope_write)(const RopeWrite &);
     void (*attention)(const Attention &);
     void (*linear)(const Linear &);

@@ -1,11 +1,11 @@
 // The Python face. Each function takes tensors and numbers positionally, answers False where the kernels do not take them
 // (another device, dtype or stride, shapes that disagree), checks every index that comes from tensor data (ValueError),
 // and calls the variant chosen for this machine. Checks in Python would cost ten times as much as a small kernel.
-#define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "tape.h"
 
 #include <string.h>
+
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -146,18 +146,25 @@ static PyObject *answer(bool done) {
 #define REQUIRE(condition) \
     if (!(condition)) return answer(false)
 
+// Does f(a), a kernel's work on its argument record, and takes it down when the thread is recording; f answers with a
+// Refusal where tensor data holds an index that leads outside. It captures nothing: all it needs is in the record, whose
+// copy a tape keeps, while r's arguments own what the record points to. Every function that does anything ends here.
 // Lets other Python threads run during `work` multiplications, when that is long enough to be worth it.
-template <class F> static PyObject *release(double work, F f) {
+template <class A, class F> static PyObject *launch(const Reader &r, double work, const A &a, F f) {
+    static_assert(std::is_empty<F>::value && std::is_trivially_copyable<A>::value, "a tape keeps copies");
+    auto call = [a, f]() -> Refusal {
+        if constexpr (std::is_void<decltype(f(a))>::value) return f(a), Refusal{};
+        else return f(a);
+    };
+    Refusal refusal{};
     if (work > 1e6) {
         PyThreadState *state = PyEval_SaveThread();
-        f();
+        refusal = call();
         PyEval_RestoreThread(state);
-    } else f();
+    } else refusal = call();
+    if (refusal.message) return refusal.raise();
+    if (recording) recording->add(call, r.args, r.count);
     return answer(true);
-}
-
-static PyObject *refuse(const char *message, int64_t value, int64_t limit) {
-    return PyErr_Format(PyExc_ValueError, message, (long long)value, (long long)limit);
 }
 
 // use(torch.Tensor, torch.nn.Parameter): where tensors come from. Subclasses are left to torch.
@@ -207,7 +214,7 @@ static PyObject *rms_norm(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.eps = (float)r.f(), a.offset = (float)r.f(), a.rows.threads = (int)r.i();
     if (!r.ok()) return nullptr;
     REQUIRE(r.good && row_layout(x, out, a.rows) && set_weight(a, weight, x));
-    return release(size(a.rows), [&] { chosen->rms_norm(a); });
+    return launch(r, size(a.rows), a, [](const Norm &a) { chosen->rms_norm(a); });
 }
 
 static PyObject *layer_norm(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -220,8 +227,13 @@ static PyObject *layer_norm(PyObject *, PyObject *const *args, Py_ssize_t count)
     REQUIRE(!bias.data || (bias.dtype == weight.dtype && bias.dims == weight.dims && bias.contiguous()));
     for (int i = 0; i < weight.dims; ++i) REQUIRE(!bias.data || bias.n[i] == weight.n[i]);
     a.bias = bias.data;
-    return release(size(a.rows), [&] { chosen->layer_norm(a); });
+    return launch(r, size(a.rows), a, [](const Norm &a) { chosen->layer_norm(a); });
 }
+
+struct Act {
+    Rows rows;
+    int kind;
+};
 
 static PyObject *activate(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
@@ -233,7 +245,7 @@ static PyObject *activate(PyObject *, PyObject *const *args, Py_ssize_t count) {
     REQUIRE(r.good && x.dims > 0 && x.contiguous() && row_layout(x, out, a));
     if (a.inner == 1)  // one long row is cut, so that every thread gets some
         for (; a.width % 2 == 0 && a.width > 4096; a.width /= 2, a.inner_stride /= 2) a.inner *= 2;
-    return release(size(a) * 4, [&] { chosen->activate(a, kind); });
+    return launch(r, size(a) * 4, Act{a, kind}, [](const Act &a) { chosen->activate(a.rows, a.kind); });
 }
 
 static PyObject *gated(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -247,19 +259,37 @@ static PyObject *gated(PyObject *, PyObject *const *args, Py_ssize_t count) {
     REQUIRE(x.n[0] == out.n[0] && x.n[1] == 2 * out.n[1]);
     a.x = x.data, a.out = out.data, a.outer = 1, a.inner = x.n[0], a.inner_stride = x.stride[0], a.width = out.n[1];
     a.dtype = x.dtype;
-    return release(size(a) * 4, [&] { chosen->gated(a, kind); });
+    return launch(r, size(a) * 4, Act{a, kind}, [](const Act &a) { chosen->gated(a.rows, a.kind); });
 }
 
-static PyObject *run_rope_write(RopeWrite &a) {
+static PyObject *best(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    Best a{};
+    Tensor x = r.t(), places = r.t(), values = r.t();
+    a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && x.n[1] > 0);
+    REQUIRE(places.list(INT64, x.n[0]) && values.list(FLOAT32, x.n[0]));
+    a.x = x.data, a.rows = x.n[0], a.width = x.n[1], a.stride = x.stride[0], a.dtype = x.dtype;
+    a.places = (int64_t *)places.data, a.values = (float *)values.data;
+    return launch(r, (double)a.rows * a.width, a, [](const Best &a) { chosen->best(a); });
+}
+
+static Refusal checked_rope_write(const RopeWrite &a) {
     if (a.cos_sin)
         for (int64_t t = 0; t < a.tokens; ++t)
             if (a.positions[t] < 0 || a.positions[t] >= a.max_position)
-                return refuse("position %lld is outside the rotary table of %lld positions", a.positions[t], a.max_position);
+                return {"position %lld is outside the rotary table of %lld positions", a.positions[t], a.max_position};
     if (a.k)
         for (int64_t t = 0; t < a.tokens; ++t)
             if (a.slots[t] >= a.blocks * a.block_size)
-                return refuse("slot %lld is outside the cache of %lld slots", a.slots[t], a.blocks * a.block_size);
-    return release((double)a.tokens * (a.heads + 2 * a.kv_heads) * a.k_dim, [&] { chosen->rope_write(a); });
+                return {"slot %lld is outside the cache of %lld slots", a.slots[t], a.blocks * a.block_size};
+    chosen->rope_write(a);
+    return {};
+}
+static PyObject *run_rope_write(const Reader &r, const RopeWrite &a) {
+    return launch(r, (double)a.tokens * (a.heads + 2 * a.kv_heads) * a.k_dim, a,
+                  [](const RopeWrite &a) { return checked_rope_write(a); });
 }
 
 // q: what is rotated; also checks the tables.
@@ -294,7 +324,7 @@ static PyObject *rotate(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.interleaved = r.i(), a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
     REQUIRE(r.good && set_rotation(a, x, positions, table));
-    return run_rope_write(a);
+    return run_rope_write(r, a);
 }
 
 static PyObject *cache_write(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -304,7 +334,7 @@ static PyObject *cache_write(PyObject *, PyObject *const *args, Py_ssize_t count
     a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
     REQUIRE(r.good && set_write(a, k, v, k_cache, v_cache, slots));
-    return run_rope_write(a);
+    return run_rope_write(r, a);
 }
 
 static PyObject *rope_write(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -317,7 +347,29 @@ static PyObject *rope_write(PyObject *, PyObject *const *args, Py_ssize_t count)
     if (!r.ok()) return nullptr;
     REQUIRE(r.good && set_rotation(a, q, positions, table) && set_write(a, k, v, k_cache, v_cache, slots));
     REQUIRE(q.dtype == k.dtype && q.n[0] == k.n[0] && q.n[2] == k.n[2]);
-    return run_rope_write(a);
+    return run_rope_write(r, a);
+}
+
+static Refusal checked_attention(const Attention &a) {
+    if (a.starts[0] != 0 || a.starts[a.seqs] > a.tokens)
+        return {"query_starts must begin with 0 and end within the tokens; it ends with %lld of %lld",
+                      a.starts[a.seqs], a.tokens};
+    for (int64_t s = 0; s < a.seqs; ++s) {
+        int64_t queries = a.starts[s + 1] - a.starts[s], len = a.lens[s];
+        if (queries < 0) return {"query_starts goes down at sequence %lld of %lld", s, a.seqs};
+        if (!queries) continue;
+        if (len < queries && !a.ends) return {"a sequence has %lld keys but %lld queries", len, queries};
+        int64_t used = (len + a.block_size - 1) / a.block_size;
+        if (used > a.table_width) return {"a sequence needs %lld blocks, block_table has %lld columns", used, a.table_width};
+        // blocks before a window may have been freed, so their entries are not looked at
+        int64_t low = a.window > 0 && len - queries - a.window + 1 > 0 ? len - queries - a.window + 1 : 0;
+        for (int64_t b = low / a.block_size; b < used; ++b) {
+            int32_t block = a.table[s * a.table_stride + b];
+            if (block < 0 || block >= a.blocks) return {"block_table names block %lld of %lld", block, a.blocks};
+        }
+    }
+    chosen->attention(a);
+    return {};
 }
 
 static PyObject *paged_attention(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -342,27 +394,12 @@ static PyObject *paged_attention(PyObject *, PyObject *const *args, Py_ssize_t c
     a.blocks = k.n[0], a.kv_heads = k.n[1], a.block_size = k.n[2], a.v_dim = v.n[3];
     a.table = (const int32_t *)table.data, a.table_stride = table.stride[0], a.table_width = table.n[1];
     a.starts = (const int32_t *)starts.data, a.lens = (const int32_t *)lens.data;
-    a.ends = (const int32_t *)ends.data, a.alibi = (const float *)alibi.data, a.sinks = (const float *)sinks.data, a.out = out.data, a.dtype = q.dtype;
-    if (a.starts[0] != 0 || a.starts[a.seqs] > a.tokens)
-        return refuse("query_starts must begin with 0 and end within the tokens; it ends with %lld of %lld",
-                      a.starts[a.seqs], a.tokens);
+    a.ends = (const int32_t *)ends.data, a.alibi = (const float *)alibi.data, a.sinks = (const float *)sinks.data;
+    a.out = out.data, a.dtype = q.dtype;
     double work = 0;
-    for (int64_t s = 0; s < a.seqs; ++s) {
-        int64_t queries = a.starts[s + 1] - a.starts[s], len = a.lens[s];
-        if (queries < 0) return refuse("query_starts goes down at sequence %lld of %lld", s, a.seqs);
-        if (!queries) continue;
-        if (len < queries && !a.ends) return refuse("a sequence has %lld keys but %lld queries", len, queries);
-        int64_t used = (len + a.block_size - 1) / a.block_size;
-        if (used > a.table_width) return refuse("a sequence needs %lld blocks, block_table has %lld columns", used, a.table_width);
-        // blocks before a window may have been freed, so their entries are not looked at
-        int64_t low = a.window > 0 && len - queries - a.window + 1 > 0 ? len - queries - a.window + 1 : 0;
-        for (int64_t b = low / a.block_size; b < used; ++b) {
-            int32_t block = a.table[s * a.table_stride + b];
-            if (block < 0 || block >= a.blocks) return refuse("block_table names block %lld of %lld", block, a.blocks);
-        }
-        work += (double)queries * a.heads * len * a.head_dim;
-    }
-    return release(work, [&] { chosen->attention(a); });
+    for (int64_t s = 0; s < a.seqs; ++s)
+        work += ((double)a.starts[s + 1] - a.starts[s]) * a.lens[s] * a.heads * a.head_dim;
+    return launch(r, work, a, [](const Attention &a) { return checked_attention(a); });
 }
 
 static PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -384,7 +421,14 @@ static PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.x = x.data, a.x_stride = x.stride[0], a.weight = weight.data, a.weight_dtype = weight.dtype;
     a.scales = (const float *)scales.data, a.bias = bias.data, a.residual = residual.data;
     a.residual_stride = residual.data ? residual.stride[0] : 0, a.result = out.data, a.dtype = x.dtype;
-    return release((double)a.rows * a.in * a.out, [&] { chosen->linear(a); });
+    return launch(r, (double)a.rows * a.in * a.out, a, [](const Linear &a) { chosen->linear(a); });
+}
+
+static Refusal checked_experts(const Experts &a) {
+    for (int64_t i = 0; i < a.tokens * a.chosen; ++i)
+        if (a.ids[i] < -1 || a.ids[i] >= a.experts) return {"a token chose expert %lld of %lld", a.ids[i], a.experts};
+    chosen->experts(a);
+    return {};
 }
 
 static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -419,8 +463,6 @@ static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
     REQUIRE(!down_bias.data || list(down_bias, 1, a.hidden));
     REQUIRE(!residual.data || (residual.rows(2) && residual.dtype == x.dtype && residual.n[0] == a.tokens && residual.n[1] == a.hidden));
     a.ids = (const int64_t *)ids.data;
-    for (int64_t i = 0; i < a.tokens * a.chosen; ++i)
-        if (a.ids[i] < -1 || a.ids[i] >= a.experts) return refuse("a token chose expert %lld of %lld", a.ids[i], a.experts);
     if (!a.tokens) return answer(true);
     a.x = x.data, a.x_stride = x.stride[0], a.shares = (const float *)shares.data;
     a.gate_up = gate_up.data, a.down = down.data, a.weight_dtype = gate_up.dtype;
@@ -428,7 +470,7 @@ static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.gate_up_bias = (const float *)gate_up_bias.data, a.down_bias = (const float *)down_bias.data;
     a.residual = residual.data, a.residual_stride = residual.data ? residual.stride[0] : 0;
     a.result = out.data, a.dtype = x.dtype;
-    return release((double)a.tokens * a.chosen * a.hidden * a.width, [&] { chosen->experts(a); });
+    return launch(r, (double)a.tokens * a.chosen * a.hidden * a.width, a, [](const Experts &a) { return checked_experts(a); });
 }
 
 // isa() names the variant in use, isa(name) also switches to it; for tests and benchmarks.
@@ -459,10 +501,11 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 }
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
-static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(rotate),
+static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(best), METHOD(rotate),
                                 METHOD(cache_write),
                                 METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts), METHOD(isa), METHOD(use),
-                                METHOD(available), {nullptr, nullptr, 0, nullptr}};
+                                METHOD(available), METHOD(record), METHOD(recorded), METHOD(replay), METHOD(stop),
+                                {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_lib", "CPU kernels; see modelport.kernels.", -1, methods,
                                  nullptr, nullptr, nullptr, nullptr};
 

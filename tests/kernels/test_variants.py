@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from modelport.kernels import activation, attention, cpu, kv_cache, linear, norm
+from modelport.kernels import activation, argmax, attention, cpu, kv_cache, linear, norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -34,6 +34,8 @@ def test_rows(dtype: torch.dtype) -> None:
         for act in set(activation.ACTIVATIONS.values()):
             both = torch.randn(3, 2 * width).to(dtype)
             close(activation.gated(both, act), activation.gated_reference(both, act))
+        for got, want in zip(argmax.argmax(x.round()), argmax.argmax_reference(x.round()), strict=True):
+            assert torch.equal(got, want)
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40, -0.0, 65519.0, 6e-8, 3.39e38]).to(dtype)
     kept = activation.activate(special, "relu")
     assert kept[0].isnan()

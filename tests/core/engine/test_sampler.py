@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from modelport.engine import draw
 from modelport.engine.logits import LogitsEdits
 from modelport.engine.sampler import Sampler, prompt_logprobs
+from modelport.kernels.argmax import argmax
 from modelport.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0)
@@ -76,12 +77,12 @@ def test_logits_that_are_not_contiguous_and_are_left_alone():
 def test_greedy_reads_the_logits_as_they_are(monkeypatch):
     read = []
 
-    def best_tokens(x):
+    def spy(x):
         read.append(x.data_ptr())
-        return draw.best_tokens(x)
+        return argmax(x)
 
     logits = rows(2).bfloat16()
-    monkeypatch.setattr("modelport.engine.sampler.best_tokens", best_tokens)
+    monkeypatch.setattr("modelport.engine.sampler.argmax", spy)
     monkeypatch.setattr("modelport.engine.sampler.draw", None)
     make(GREEDY, GREEDY)[0].sample(logits, np.arange(2))
     assert read == [logits.data_ptr()]
