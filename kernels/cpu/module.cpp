@@ -444,7 +444,7 @@ static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.chosen = ids.n[1];
     REQUIRE(shares.dims == 2 && shares.dtype == FLOAT32 && shares.contiguous() && shares.n[0] == a.tokens);
     REQUIRE(shares.n[1] == a.chosen && out.n[0] == a.tokens && out.n[1] == a.hidden && a.hidden > 0 && a.width > 0);
-    bool pairs = gate_up.dtype == BFLOAT16;
+    bool pairs = gate_up.dtype == BFLOAT16 || gate_up.dtype == INT8;
     // (experts, parts, panels, in, 16); for bfloat16 (experts, parts, panels, in / 2, 16, 2)
     auto fits = [&](const Tensor &w, int64_t parts, int64_t out, int64_t in) {
         return w.dims == (pairs ? 6 : 5) && w.contiguous() && w.dtype == gate_up.dtype && w.n[0] == gate_up.n[0] &&
