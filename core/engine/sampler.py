@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelport.engine.draw import draw, filter_weights, uniform
 from modelport.engine.logits import LogitsEdits
 from modelport.kernels.argmax import argmax
+from modelport.kernels.draw import draw, uniform
 from modelport.sampling_params import SamplingParams
 
 SCORED_ROWS = 128  # prompt rows scored at a time, which bounds the float32 copies
@@ -69,7 +69,6 @@ class Sampler:
         self._top_k = np.zeros(max_num_seqs, dtype=np.int64)  # 0: all
         self._top_p = np.ones(max_num_seqs)
         self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
-        self._filtered = np.zeros(max_num_seqs, dtype=bool)
         self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
         self._logprobs = np.full(max_num_seqs, -1)  # -1: none
         self._outputs: list[list[int]] = [[] for _ in range(max_num_seqs)]
@@ -100,7 +99,6 @@ class Sampler:
         self._top_k[slot] = params.top_k if 0 < params.top_k < self.vocab_size else 0
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
-        self._filtered[slot] = self._top_k[slot] > 0 or params.top_p < 1 or params.min_p > 0
         self._seed[slot] = seed & (2**64 - 1)
         self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
 
@@ -122,28 +120,15 @@ class Sampler:
             x = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
             errors = self._edits.apply(x, slots)
         tokens, best = argmax(x)
-        drawn = self._temperature[slots] > 0
-        filtered = drawn & self._filtered[slots]
-        for chosen, weigh in ((drawn & ~filtered, self._weights), (filtered, self._filtered_weights)):
-            rows = np.flatnonzero(chosen)
-            if len(rows):
-                where = self._tensor(rows)
-                whole = len(rows) == len(slots)
-                weights = weigh(x if whole else x[where], best if whole else best[where], slots[rows])
-                places = np.fromiter((len(self._outputs[slot]) for slot in slots[rows]), np.uint64, len(rows))
-                tokens[where] = draw(weights, self._tensor(uniform(self._seed[slots[rows]], places)))
+        rows = np.flatnonzero(self._temperature[slots] > 0)
+        if len(rows):
+            where, mine = self._tensor(rows), slots[rows]
+            places = np.fromiter((len(self._outputs[slot]) for slot in mine), np.uint64, len(rows))
+            settings = (self._temperature[mine], self._top_k[mine], self._top_p[mine], self._min_p[mine])
+            numbers = map(self._tensor, (*settings, uniform(self._seed[mine], places)))
+            whole = len(rows) == len(slots)
+            tokens[where] = draw(x if whole else x[where], best if whole else best[where], *numbers)
         return self._output(logits, slots, tokens, best, errors)
-
-    def _weights(self, x: Tensor, best: Tensor, slots: np.ndarray) -> Tensor:
-        """(rows, vocab) float32 in [0, 1], the most likely token having 1."""
-        temperature = self._tensor(self._temperature[slots])[:, None]
-        return torch.sub(x, best[:, None]).float().div_(temperature).exp_()
-
-    def _filtered_weights(self, x: Tensor, best: Tensor, slots: np.ndarray) -> Tensor:
-        """`_weights` with a 0 for every token that `top_k`, `top_p` and `min_p` leave out."""
-        weights = self._weights(x, best, slots)
-        settings = [self._tensor(setting[slots]) for setting in (self._top_k, self._top_p, self._min_p)]
-        return filter_weights(weights, *settings, int(self._top_k[slots].max()))
 
     def _output(
         self, logits: Tensor, slots: np.ndarray, tokens: Tensor, best: Tensor, errors: dict[int, str]

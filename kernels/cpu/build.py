@@ -23,6 +23,7 @@ HEADERS = [
     "tape.h",
     "simd.h",
     "rows.inc",
+    "draw.inc",
     "rope.inc",
     "matrix.inc",
     "linear.inc",

@@ -31,6 +31,16 @@ struct Best {  // x: (rows, width)
     int dtype, threads;
 };
 
+struct Draw {  // x: (rows, width); the others (rows,)
+    const void *x;
+    int64_t rows, width, stride;
+    const float *best, *temperature, *min_p;
+    const int64_t *top_k;  // 0 for all
+    const double *top_p, *uniforms;
+    int64_t *tokens;
+    int dtype, threads;
+};
+
 struct RopeWrite {  // q, k, v: (tokens, heads, dim); caches: (blocks, kv_heads, block_size, dim); null pointers are skipped
     void *q;
     int64_t q_token, q_head, heads;
@@ -111,6 +121,7 @@ struct Kernels {
     void (*activate)(const Rows &, int kind);
     void (*gated)(const Rows &, int kind);  // width is the output's, a row of x is twice that
     void (*best)(const Best &);
+    void (*draw)(const Draw &);
     void (*rope_write)(const RopeWrite &);
     void (*attention)(const Attention &);
     void (*linear)(const Linear &);

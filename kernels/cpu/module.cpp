@@ -69,7 +69,7 @@ struct Exchange {
 static const Exchange *exchange;
 static PyObject *tensor_type, *parameter_type;
 
-enum { INT32 = 10, INT64 = 11, OTHER = 99 };
+enum { INT32 = 10, INT64 = 11, FLOAT64 = 12, OTHER = 99 };
 
 struct Tensor {
     char *data = nullptr;
@@ -122,7 +122,8 @@ struct Reader {
             int kind = view.code << 8 | view.bits;  // codes: 0 signed, 2 float, 4 bfloat
             t.dtype = kind == (2 << 8 | 32) ? (int)FLOAT32 : kind == (4 << 8 | 16) ? (int)BFLOAT16
                     : kind == (2 << 8 | 16) ? (int)FLOAT16 : kind == 8 ? (int)INT8
-                    : kind == 32 ? (int)INT32 : kind == 64 ? (int)INT64 : (int)OTHER;
+                    : kind == 32 ? (int)INT32 : kind == 64 ? (int)INT64
+                    : kind == (2 << 8 | 64) ? (int)FLOAT64 : (int)OTHER;
         }
         return t;
     }
@@ -273,6 +274,24 @@ static PyObject *best(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.x = x.data, a.rows = x.n[0], a.width = x.n[1], a.stride = x.stride[0], a.dtype = x.dtype;
     a.places = (int64_t *)places.data, a.values = (float *)values.data;
     return launch(r, (double)a.rows * a.width, a, [](const Best &a) { chosen->best(a); });
+}
+
+static PyObject *draw(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    Draw a{};
+    Tensor x = r.t(), best = r.t(), temperature = r.t(), top_k = r.t(), top_p = r.t(), min_p = r.t(), uniforms = r.t(),
+           tokens = r.t();
+    a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && x.n[1] > 0 && x.n[1] < 1 << 30);
+    for (const Tensor &t : {best, temperature, min_p}) REQUIRE(t.list(FLOAT32, x.n[0]));
+    for (const Tensor &t : {top_p, uniforms}) REQUIRE(t.list(FLOAT64, x.n[0]));
+    for (const Tensor &t : {top_k, tokens}) REQUIRE(t.list(INT64, x.n[0]));
+    a.x = x.data, a.rows = x.n[0], a.width = x.n[1], a.stride = x.stride[0], a.dtype = x.dtype;
+    a.best = (const float *)best.data, a.temperature = (const float *)temperature.data;
+    a.min_p = (const float *)min_p.data, a.top_k = (const int64_t *)top_k.data, a.top_p = (const double *)top_p.data;
+    a.uniforms = (const double *)uniforms.data, a.tokens = (int64_t *)tokens.data;
+    return launch(r, (double)a.rows * a.width * 8, a, [](const Draw &a) { chosen->draw(a); });
 }
 
 static Refusal checked_rope_write(const RopeWrite &a) {
@@ -501,7 +520,8 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 }
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
-static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(best), METHOD(rotate),
+static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(best),
+                                METHOD(draw), METHOD(rotate),
                                 METHOD(cache_write),
                                 METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts), METHOD(isa), METHOD(use),
                                 METHOD(available), METHOD(record), METHOD(recorded), METHOD(replay), METHOD(stop),

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelport.engine import draw
 from modelport.engine.logits import LogitsEdits
 from modelport.engine.sampler import Sampler, prompt_logprobs
+from modelport.kernels import draw
 from modelport.kernels.argmax import argmax
 from modelport.sampling_params import SamplingParams
 
@@ -96,8 +96,9 @@ def weights_of(logits):
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    sampler, _ = make(*[SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)] * len(logits))
-    weights = sampler._filtered_weights(logits, logits.amax(-1), np.arange(len(logits)))
+    settings = torch.tensor([top_k]), torch.tensor([top_p], dtype=torch.float64), torch.tensor([min_p])
+    weights = weights_of(logits / temperature)
+    weights = draw.filter_weights(weights, *(s.expand(len(logits)) for s in settings), top_k)
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -219,7 +220,7 @@ def test_random_numbers_are_uniform_over_seeds_and_over_places():
 def test_a_draw_never_finds_a_token_without_weight(u, weights):
     weights = [0.0] * 500 + weights + [0.0] * 600 + [1.0] + weights + [0.0]  # over three blocks
     uniforms = [u, 0.0, math.nextafter(1.0, 0.0)]
-    tokens = draw.draw(torch.tensor([weights] * 3), torch.tensor(uniforms, dtype=torch.float64)).tolist()
+    tokens = draw.pick(torch.tensor([weights] * 3), torch.tensor(uniforms, dtype=torch.float64)).tolist()
     sums = np.cumsum(weights)
     for token, number in zip(tokens, uniforms, strict=True):
         assert weights[token] > 0
@@ -231,7 +232,7 @@ def test_a_block_s_sum_that_is_rounded_up_leads_nowhere_else():
     weights = torch.zeros(1, 3 * draw.BLOCK)
     weights[0, :2] = torch.tensor([1.0, 1.5 * 2**-24])
     assert weights[0, : draw.BLOCK].sum().double() > weights[0, : draw.BLOCK].double().sum()
-    assert draw.draw(weights, torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)).item() == 1
+    assert draw.pick(weights, torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)).item() == 1
 
 
 # Independence

@@ -1,8 +1,9 @@
-"""The arithmetic of a draw: the tokens that filters leave, and the one that a random number points at.
+"""A draw: the tokens that filters leave, and the one that a random number points at.
 
-Decisions: all works on weights exp((logit - best) / temperature), which lie in [0, 1], so that a filter is a threshold
-and nothing is sorted whole unless a row's nucleus is wide. Long rows are searched in two levels, blocks first and then
-inside one, which is several times as fast on a CPU as one reduction over the row. Sums across blocks are in float64.
+Decisions: all works on weights exp((logit - best) / temperature), which lie in [0, 1], so that a filter is a threshold.
+The compiled kernel holds the weights of one row at a time. In torch nothing is sorted whole unless a row's nucleus is
+wide, and long rows are searched in two levels, blocks first and then inside one, which is several times as fast on a
+CPU as one reduction over the row. Sums across blocks are in float64.
 Legend: weights: (rows, vocab) float32.
 """
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from modelport.kernels import cpu
 
 BLOCK = 512  # tokens; of the order of the square root of a vocabulary, so that both levels of a search are short
 FIRST_LOOK = 64  # tokens looked at for a nucleus before the look is widened; most are narrower
@@ -22,7 +25,31 @@ def uniform(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
     return (_mix(_mix(seeds) + places) >> np.uint64(11)) * 2.0**-53
 
 
-def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+def draw(
+    x: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
+) -> Tensor:
+    """A token of each row, (rows,) int64, with the probability that softmax(x / temperature) and the filters give it.
+
+    x: (rows, vocab) of any floating type; best: (rows,) float32, the greatest of each row; temperature: (rows,)
+    float32, above 0; top_k: (rows,) int64, 0 for all; top_p: (rows,) float64; min_p: (rows,) float32, a share of the
+    greatest probability; uniforms: (rows,) float64 in [0, 1). Some token where the greatest is an infinity or a NaN.
+    """
+    if cpu.lib is not None and x.is_cpu:
+        tokens = torch.empty(x.shape[0], dtype=torch.int64)
+        if cpu.lib.draw(x, best, temperature, top_k, top_p, min_p, uniforms, tokens, cpu.threads()):
+            return tokens
+    return draw_reference(x, best, temperature, top_k, top_p, min_p, uniforms)
+
+
+def draw_reference(
+    x: Tensor, best: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
+) -> Tensor:
+    """Plain torch version of `draw`."""
+    weights = torch.sub(x, best[:, None]).float().div_(temperature[:, None]).exp_()
+    return pick(filter_weights(weights, top_k, top_p, min_p, int(top_k.max())), uniforms)
+
+
+def pick(weights: Tensor, uniforms: Tensor) -> Tensor:
     """(rows,) int64 tokens: the inverse of the distribution function, tokens in the order of their ids.
 
     :param uniforms: (rows,) float64 in [0, 1).
