@@ -56,6 +56,8 @@ def _check(name: str, rows: int, state: Tensor, shape: tuple[int, ...], at: Sequ
             f"{name}: {rows} rows and {seqs} state slots do not fit positions {tuple(at.positions.shape)} and starts "
             f"{tuple(at.starts.shape)}"
         )
+    if int(at.starts[0]) or int(at.starts[-1]) > rows or bool((at.starts.diff() < 0).any()):
+        raise ValueError(f"{name}: query_starts {at.starts.tolist()} must rise from 0 to at most {rows} rows")
     if tuple(state.shape[1:]) != shape:
         raise ValueError(f"{name}: state {tuple(state.shape)} must be (slots, {', '.join(map(str, shape))})")
     if seqs and not 0 <= int(at.slots.min()) <= int(at.slots.max()) < state.shape[0]:
