@@ -28,3 +28,7 @@ from modelport.modeling.moe import SwigluOAI as SwigluOAI
 from modelport.modeling.norm import LayerNorm as LayerNorm
 from modelport.modeling.norm import RMSNorm as RMSNorm
 from modelport.modeling.rope import Rope as Rope
+from modelport.modeling.ssm import CausalConv as CausalConv
+from modelport.modeling.ssm import GatedRMSNorm as GatedRMSNorm
+from modelport.modeling.ssm import Mamba2Mixer as Mamba2Mixer
+from modelport.modeling.ssm import MambaMixer as MambaMixer

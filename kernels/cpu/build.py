@@ -29,6 +29,7 @@ HEADERS = [
     "linear.inc",
     "attention.inc",
     "moe.inc",
+    "ssm.inc",
     "variant.inc",
 ]  # fmt: skip
 COMPILE_ARGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti",

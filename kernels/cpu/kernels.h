@@ -111,6 +111,52 @@ struct Experts {
     int dtype, threads;
 };
 
+struct Sequences {  // rows of a step that belong together, and where their states lie
+    const int64_t *positions;      // (tokens,); a sequence whose first row has position 0 starts from nothing
+    const int32_t *starts, *slots; // (seqs + 1,), (seqs,)
+    int64_t seqs, tokens, rows;    // rows: how many states there are
+};
+
+constexpr int64_t MOST_TAPS = 16;
+struct CausalConv {
+    const void *x;
+    int64_t x_row, channels, taps;
+    const float *weight, *bias;  // (taps, channels); (channels,) or null
+    void *state;                 // (slots, taps - 1, channels) in dtype
+    void *out;                   // (tokens, channels)
+    Sequences q;
+    int silu, dtype, threads;
+};
+
+struct SelectiveScan {
+    const void *x, *dt, *b, *c, *gate;  // (tokens, channels or states); gate may be null
+    int64_t x_row, dt_row, b_row, c_row, gate_row, channels, states;
+    const float *rates, *skip, *dt_bias;  // (states, channels), (channels,), (channels,)
+    float *state;                         // (slots, states, channels)
+    void *out;                            // (tokens, channels)
+    Sequences q;
+    int dtype, threads;
+};
+
+struct HeadScan {
+    const void *x, *dt, *b, *c;  // (tokens, heads, head_dim), (tokens, heads), (tokens, groups, states)
+    int64_t x_row, x_head, dt_row, b_row, b_group, c_row, c_group, heads, head_dim, groups, states;
+    const float *rates, *skip, *dt_bias;  // (heads,)
+    float low, high;                      // of dt
+    float *state;                         // (slots, heads, states, head_dim)
+    void *out;                            // (tokens, heads, head_dim)
+    Sequences q;
+    int dtype, threads;
+};
+
+struct GatedNorm {
+    const void *x, *gate, *weight;
+    int64_t x_row, gate_row, tokens, width, group;
+    void *out;  // (tokens, width)
+    float eps;
+    int dtype, weight_dtype, threads;
+};
+
 // f(with, part, parts) for every part in [0, parts), some of them on other threads; see pool.cpp.
 void run_parts(int parts, void (*f)(void *, int, int), void *with);
 
@@ -126,6 +172,10 @@ struct Kernels {
     void (*attention)(const Attention &);
     void (*linear)(const Linear &);
     void (*experts)(const Experts &);
+    void (*causal_conv)(const CausalConv &);
+    void (*selective_scan)(const SelectiveScan &);
+    void (*head_scan)(const HeadScan &);
+    void (*gated_norm)(const GatedNorm &);
 };
 
 }  // namespace modelport

@@ -492,6 +492,127 @@ static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return launch(r, (double)a.tokens * a.chosen * a.hidden * a.width, a, [](const Experts &a) { return checked_experts(a); });
 }
 
+// ---- state-space layers
+
+static bool set_sequences(Sequences &q, int64_t tokens, const Tensor &state, const Tensor &positions, const Tensor &starts,
+                          const Tensor &slots) {
+    q.tokens = tokens, q.rows = state.n[0], q.seqs = slots.dims == 1 ? slots.n[0] : -1;
+    q.positions = (const int64_t *)positions.data, q.starts = (const int32_t *)starts.data;
+    q.slots = (const int32_t *)slots.data;
+    return q.seqs >= 0 && positions.list(INT64, tokens) && starts.list(INT32, q.seqs + 1) && slots.list(INT32, q.seqs);
+}
+static Refusal check(const Sequences &q) {
+    if (q.starts[0] != 0 || q.starts[q.seqs] > q.tokens)
+        return {"query_starts must begin with 0 and end within the tokens; it ends with %lld of %lld", q.starts[q.seqs],
+                q.tokens};
+    for (int64_t s = 0; s < q.seqs; ++s) {
+        if (q.starts[s + 1] < q.starts[s]) return {"query_starts goes down at sequence %lld of %lld", s, q.seqs};
+        if (q.slots[s] < 0 || q.slots[s] >= q.rows) return {"state_slots names row %lld of %lld", q.slots[s], q.rows};
+    }
+    return {};
+}
+
+static PyObject *causal_conv(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    CausalConv a{};
+    Tensor x = r.t(), weight = r.t(), bias = r.maybe(), state = r.t(), positions = r.t(), starts = r.t(), slots = r.t(),
+           out = r.t();
+    a.silu = (int)r.i(), a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && state.dtype == x.dtype && out.dtype == x.dtype);
+    REQUIRE(weight.dims == 2 && weight.dtype == FLOAT32 && weight.contiguous() && weight.n[0] > 0);
+    a.x = x.data, a.x_row = x.stride[0], a.channels = x.n[1], a.taps = weight.n[0];
+    REQUIRE(a.taps <= MOST_TAPS && weight.n[1] == a.channels && (!bias.data || bias.list(FLOAT32, a.channels)));
+    REQUIRE(state.dims == 3 && state.contiguous() && state.n[1] == a.taps - 1 && state.n[2] == a.channels);
+    REQUIRE(out.dims == 2 && out.contiguous() && out.n[0] == x.n[0] && out.n[1] == a.channels);
+    REQUIRE(set_sequences(a.q, x.n[0], state, positions, starts, slots));
+    a.weight = (const float *)weight.data, a.bias = (const float *)bias.data, a.state = state.data, a.out = out.data;
+    a.dtype = x.dtype;
+    return launch(r, (double)a.q.tokens * a.channels * (a.taps + 4), a, [](const CausalConv &a) {
+        Refusal refusal = check(a.q);
+        if (!refusal.message) chosen->causal_conv(a);
+        return refusal;
+    });
+}
+
+static PyObject *selective_scan(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    SelectiveScan a{};
+    Tensor x = r.t(), dt = r.t(), rates = r.t(), b = r.t(), c = r.t(), skip = r.t(), gate = r.maybe(), dt_bias = r.t(),
+           state = r.t(), positions = r.t(), starts = r.t(), slots = r.t(), out = r.t();
+    a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && out.dims == 2 && out.contiguous() && out.dtype == x.dtype);
+    int64_t tokens = x.n[0];
+    a.channels = x.n[1];
+    REQUIRE(dt.rows(2) && dt.dtype == x.dtype && dt.n[0] == tokens && b.rows(2) && b.dtype == x.dtype &&
+            b.n[0] == tokens && c.rows(2) && c.dtype == x.dtype && c.n[0] == tokens);
+    REQUIRE(!gate.data || (gate.rows(2) && gate.dtype == x.dtype && gate.n[0] == tokens && gate.n[1] == a.channels));
+    REQUIRE(rates.dims == 2 && rates.dtype == FLOAT32 && rates.contiguous() && rates.n[1] == a.channels);
+    a.states = rates.n[0];
+    REQUIRE(a.states > 0 && a.states <= 256 && b.n[1] == a.states && c.n[1] == a.states && dt.n[1] == a.channels);
+    REQUIRE(out.n[0] == tokens && out.n[1] == a.channels);
+    REQUIRE(skip.list(FLOAT32, a.channels) && dt_bias.list(FLOAT32, a.channels));
+    REQUIRE(state.dims == 3 && state.dtype == FLOAT32 && state.contiguous() && state.n[1] == a.states &&
+            state.n[2] == a.channels);
+    REQUIRE(set_sequences(a.q, tokens, state, positions, starts, slots));
+    a.x = x.data, a.dt = dt.data, a.b = b.data, a.c = c.data, a.gate = gate.data, a.x_row = x.stride[0];
+    a.dt_row = dt.stride[0], a.b_row = b.stride[0], a.c_row = c.stride[0], a.gate_row = gate.data ? gate.stride[0] : 0;
+    a.rates = (const float *)rates.data, a.skip = (const float *)skip.data, a.dt_bias = (const float *)dt_bias.data;
+    a.state = (float *)state.data, a.out = out.data, a.dtype = x.dtype;
+    return launch(r, (double)tokens * a.channels * a.states * 8, a, [](const SelectiveScan &a) {
+        Refusal refusal = check(a.q);
+        if (!refusal.message) chosen->selective_scan(a);
+        return refusal;
+    });
+}
+
+static PyObject *head_scan(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    HeadScan a{};
+    Tensor x = r.t(), dt = r.t(), rates = r.t(), b = r.t(), c = r.t(), skip = r.t(), dt_bias = r.t(), state = r.t(),
+           positions = r.t(), starts = r.t(), slots = r.t(), out = r.t();
+    a.low = (float)r.f(), a.high = (float)r.f(), a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(3) && x.floating() && out.dims == 3 && out.contiguous() && out.dtype == x.dtype);
+    int64_t tokens = x.n[0];
+    a.heads = x.n[1], a.head_dim = x.n[2];
+    REQUIRE(out.n[0] == tokens && out.n[1] == a.heads && out.n[2] == a.head_dim);
+    REQUIRE(dt.rows(2) && dt.dtype == x.dtype && dt.n[0] == tokens && dt.n[1] == a.heads);
+    REQUIRE(b.rows(3) && b.dtype == x.dtype && b.n[0] == tokens && c.rows(3) && c.dtype == x.dtype && c.n[0] == tokens);
+    a.groups = b.n[1], a.states = b.n[2];
+    REQUIRE(a.groups > 0 && a.heads % a.groups == 0 && a.states > 0 && c.n[1] == a.groups && c.n[2] == a.states);
+    REQUIRE(rates.list(FLOAT32, a.heads) && skip.list(FLOAT32, a.heads) && dt_bias.list(FLOAT32, a.heads));
+    REQUIRE(state.dims == 4 && state.dtype == FLOAT32 && state.contiguous() && state.n[1] == a.heads &&
+            state.n[2] == a.states && state.n[3] == a.head_dim);
+    REQUIRE(set_sequences(a.q, tokens, state, positions, starts, slots));
+    a.x = x.data, a.dt = dt.data, a.b = b.data, a.c = c.data, a.x_row = x.stride[0], a.x_head = x.stride[1];
+    a.dt_row = dt.stride[0], a.b_row = b.stride[0], a.b_group = b.stride[1], a.c_row = c.stride[0];
+    a.c_group = c.stride[1], a.rates = (const float *)rates.data, a.skip = (const float *)skip.data;
+    a.dt_bias = (const float *)dt_bias.data, a.state = (float *)state.data, a.out = out.data, a.dtype = x.dtype;
+    return launch(r, (double)tokens * a.heads * a.head_dim * a.states, a, [](const HeadScan &a) {
+        Refusal refusal = check(a.q);
+        if (!refusal.message) chosen->head_scan(a);
+        return refusal;
+    });
+}
+
+static PyObject *gated_norm(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    GatedNorm a{};
+    Tensor x = r.t(), gate = r.t(), weight = r.t(), out = r.t();
+    a.group = r.i(), a.eps = (float)r.f(), a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && gate.rows(2) && x.floating() && gate.dtype == x.dtype && out.dtype == x.dtype);
+    a.tokens = x.n[0], a.width = x.n[1];
+    REQUIRE(gate.n[0] == a.tokens && gate.n[1] == a.width && out.dims == 2 && out.contiguous() &&
+            out.n[0] == a.tokens && out.n[1] == a.width);
+    REQUIRE(weight.floating() && weight.list(weight.dtype, a.width) && a.group > 0 && a.width % a.group == 0);
+    a.x = x.data, a.gate = gate.data, a.weight = weight.data, a.out = out.data, a.x_row = x.stride[0];
+    a.gate_row = gate.stride[0], a.dtype = x.dtype, a.weight_dtype = weight.dtype;
+    return launch(r, (double)a.tokens * a.width * 5, a, [](const GatedNorm &a) { chosen->gated_norm(a); });
+}
+
 // isa() names the variant in use, isa(name) also switches to it; for tests and benchmarks.
 static PyObject *isa(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (count == 1) {
@@ -523,7 +644,9 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(best),
                                 METHOD(draw), METHOD(rotate),
                                 METHOD(cache_write),
-                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts), METHOD(isa), METHOD(use),
+                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts),
+                                METHOD(causal_conv), METHOD(selective_scan), METHOD(head_scan), METHOD(gated_norm),
+                                METHOD(isa), METHOD(use),
                                 METHOD(available), METHOD(record), METHOD(recorded), METHOD(replay), METHOD(stop),
                                 {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_lib", "CPU kernels; see modelport.kernels.", -1, methods,
