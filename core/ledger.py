@@ -21,6 +21,8 @@ from modelport.discovery import PluginRecord, locate
 FOLDER = "ledger"
 PASSED = "passed"
 UNVERIFIED = "unverified"
+EXPECTED = "expected to fail: "
+RUNS = "runs"
 LEVELS = ("L1", "L2", "L3")
 """What a result can prove; a row without one is `UNVERIFIED`, which is level L4. docs/model-support-policy.md."""
 
@@ -34,7 +36,8 @@ class Result:
     """What the kit said of one architecture.
 
     :ivar level: what the checks prove, one of `LEVELS`; None when one of them failed.
-    :ivar checks: name of each check that ran -> `"passed"`, `"failed"`, or `"expected to fail: "` and the reason.
+    :ivar references: what it was compared with.
+    :ivar checks: name of each check that ran -> `"passed"`, `"failed"`, `"unexpected_pass"`, or `EXPECTED` and why.
     :ivar tasks: the tasks that the architecture names.
     :ivar maintainers: who answers for it, as it says itself.
     :ivar version: version of modelport that it was checked with.
@@ -42,6 +45,7 @@ class Result:
     """
 
     level: str | None
+    references: tuple[str, ...]
     checks: Mapping[str, str]
     tasks: tuple[str, ...]
     maintainers: tuple[str, ...]
@@ -73,6 +77,7 @@ class Row:
     :ivar plugin: who provides it here; None for nobody.
     :ivar checked: day and version of the check; None when there was none.
     :ivar checkpoints: published examples.
+    :ivar known_failures: checks that did not pass, each with what is known about it.
     """
 
     category: str
@@ -88,6 +93,7 @@ class Row:
     checked: str | None
     checkpoints: tuple[str, ...] = ()
     maintainers: tuple[str, ...] = ()
+    known_failures: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The eleven keys of `modelport models --json`."""
@@ -196,8 +202,8 @@ def _row(line: Mapping[str, str], entry: Entry | None) -> Row:
     proven = result if result and result.level and all(result.checks.get(n) == PASSED for n in needed) else None
 
     def measured(check: str) -> str:
-        if result is None or check not in result.checks:
-            return UNVERIFIED
+        if result is None or check not in result.checks or result.checks.get(RUNS) != PASSED:
+            return UNVERIFIED  # of a model that does not even run nothing else was measured
         return "yes" if result.checks[check] == PASSED else "no"
 
     return Row(
@@ -214,11 +220,14 @@ def _row(line: Mapping[str, str], entry: Entry | None) -> Row:
         checked=f"{proven.date} ({proven.version})" if proven else None,
         checkpoints=tuple(line["example_checkpoints"].split("; ")) if line["example_checkpoints"] else (),
         maintainers=entry.maintainers if entry else (),
+        known_failures=tuple(
+            f"{check}: {outcome}" for check, outcome in (result.checks.items() if result else ()) if outcome != PASSED
+        ),
     )
 
 
 def _result(entry: Mapping[str, Any]) -> Result:
-    return Result(**{**entry, "tasks": tuple(entry["tasks"]), "maintainers": tuple(entry["maintainers"])})
+    return Result(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
 
 
 def _table(name: str) -> list[dict[str, str]]:

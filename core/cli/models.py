@@ -72,6 +72,10 @@ def markdown(rows: Iterable[ledger.Row]) -> str:
         text.append(f"\n## {category.capitalize()}\n\n{proven} of {len(members)} verified.\n\n")
         for cells in (titles, ("---",) * len(titles), *map(_cells, members)):
             text.append(f"| {' | '.join(cells)} |\n")
+        failures = [
+            f"- `{row.architecture}`: {'; '.join(row.known_failures)}\n" for row in members if row.known_failures
+        ]
+        text += ["\nKnown failures:\n\n", *failures] if failures else []
     return "".join(text)
 
 
@@ -88,8 +92,9 @@ def _print(rows: list[ledger.Row]) -> None:
     titles = ["ARCHITECTURE", "CATEGORY", "LEVEL", "LORA", "PP", "TP", "TAKES", "PLUGIN", "CHECKED", "MODELS"]
     cells = []
     for row in rows:
-        models = row.models + (f" (maintained by {', '.join(row.maintainers)})" if row.maintainers else "")
-        where = (row.modalities, row.plugin or "-", row.checked or "-", models.strip())
+        notes = [row.models] if row.models else []
+        notes += [f"maintained by {', '.join(row.maintainers)}"] if row.maintainers else []
+        where = (row.modalities, row.plugin or "-", row.checked or "-", "; ".join([*notes, *row.known_failures]))
         cells.append((row.architecture, row.category, row.level, *_features(row), *where))
     print(table(titles, cells))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modelport import ledger
-from modelport.plugin import PluginError, Plugins
+from modelport.plugin import Architecture, PluginError, Plugins
 from modelport.testing.report import Report
 
 _WORST_FIRST = ("failed", "unexpected_pass", "expected_failure", "passed")
@@ -28,29 +28,27 @@ def record(reports: Sequence[Report], plugins: Plugins) -> Path:
     owner = next((r for r in plugins.records if name in r.provides and name in plugins.architectures), None)
     if owner is None:
         raise PluginError(f"{name} belongs to no loaded plugin, so there is no package to keep its result in")
-    return ledger.write(owner, {name: summary(reports, plugins.architectures[name].maintainers, ())})
+    return ledger.write(owner, {name: summary(plugins.architectures[name], reports)})
 
 
-def summary(reports: Sequence[Report], maintainers: Sequence[str], tasks: Sequence[str]) -> ledger.Result:
+def summary(architecture: Architecture, reports: Sequence[Report]) -> ledger.Result:
     """One result of several reports: the level that all of them prove, and of each check the worst outcome."""
-    checks: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
     for report in reports:
         for check in report.checks:
-            told = check.status + (f": {check.detail}" if check.status == "expected_failure" else "")
-            before = checks.get(check.name, "passed").partition(":")[0]
-            if check.status != "skipped" and (check.name not in checks or _rank(check.status) < _rank(before)):
-                checks[check.name] = told
+            if check.status != "skipped":
+                outcomes[check.name] = min(check.status, outcomes.get(check.name, "passed"), key=_WORST_FIRST.index)
     compared = [report for report in reports if report.reference] or list(reports)
+    level = max(report.level or ledger.UNVERIFIED for report in compared)  # L1 is the best
     return ledger.Result(
-        level=max(report.level or "" for report in compared) if all(report.passed for report in reports) else None,
+        level=level if level in ledger.LEVELS and all(report.passed for report in reports) else None,
         references=tuple(report.reference for report in compared if report.reference),
-        checks=checks,
-        tasks=tuple(tasks),
-        maintainers=tuple(maintainers),
+        checks={
+            name: f"{ledger.EXPECTED}{architecture.expected_failures[name]}" if status == "expected_failure" else status
+            for name, status in outcomes.items()
+        },
+        tasks=architecture.tasks,
+        maintainers=architecture.maintainers,
         version=reports[0].versions["modelport"],
         date=max(report.date for report in reports),
     )
-
-
-def _rank(status: str) -> int:
-    return _WORST_FIRST.index(status)

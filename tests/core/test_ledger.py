@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def result(level: str | None = "L1", **checks: str) -> ledger.Result:
-    return ledger.Result(level, {"logits": "passed", **checks}, ("generate",), ("Ann",), "0.1.0", "2026-01-02")
+    outcomes = {"runs": "passed", "logits": "passed", **checks}
+    return ledger.Result(level, ("golden x",), outcomes, ("generate",), ("Ann",), "0.1.0", "2026-01-02")
 
 
 @pytest.fixture
@@ -56,6 +57,10 @@ def test_what_the_kit_measured_is_what_a_row_says() -> None:
     (row,) = (r for r in ledger.rows({"GPT2LMHeadModel": ledger.Entry("gpt2", result=measured)}) if r.plugin)
     assert (row.level, row.checked) == ("L1", "2026-01-02 (0.1.0)")
     assert (row.lora, row.pipeline_parallel, row.tensor_parallel) == ("yes", "no", "unverified")
+    assert row.known_failures == ("pipeline_parallel: failed",)
+    broken = result(None, runs="failed", lora="failed")
+    (row,) = (r for r in ledger.rows({"GPT2LMHeadModel": ledger.Entry("gpt2", result=broken)}) if r.plugin)
+    assert row.lora == "unverified"
 
 
 def test_a_failed_check_leaves_a_row_unverified() -> None:
