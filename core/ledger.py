@@ -1,6 +1,6 @@
 """The ledger: what the project set out to run, beside what the conformance kit measured of it.
 
-Decisions: the rows are data that lie with the built-in plugins. Results are data too, one small JSON file per plugin,
+Decisions: the rows are data that lie with the built-in plugins. Results are data too, one small JSON file per module,
 in the folder `ledger` of the package that has the plugin's module or of a package above it, so that a vendor's package
 brings results the way modelport does. A result counts for the source it was taken from and for no other: an edited
 module is unverified until it is checked again. Reading all of it imports no plugin and no torch.
@@ -137,8 +137,7 @@ def read(record: PluginRecord, packages: dict[str, ModuleSpec | None] | None = N
     :return: None when nothing is recorded, or what is recorded was taken from another source than the installed one.
     """
     packages = {} if packages is None else packages
-    for folder in _folders(record.module, packages):
-        path = folder / FOLDER / f"{record.name}.json"
+    for path in _files(record.module, packages):
         if path.is_file():
             data = json.loads(path.read_text())
             if data["source"] != digest(record.module, packages):
@@ -155,20 +154,19 @@ def write(record: PluginRecord, results: Mapping[str, Result]) -> Path:
     :raises ValueError: the plugin's module lies in no package, so there is no place for a file beside it.
     """
     packages: dict[str, ModuleSpec | None] = {}
-    folders = _folders(record.module, packages)
-    if not folders:
+    files = _files(record.module, packages)
+    if not files:
         raise ValueError(
             f"the plugin {record} is a single module, which has no folder for results; make it a package "
             f"({record.module}/__init__.py)"
         )
-    folder = next((f for f in folders if (f / FOLDER).is_dir()), folders[0]) / FOLDER
+    path = next((file for file in files if file.parent.is_dir()), files[0])
     kept = {**(read(record, packages) or {}), **results}
     data = {
         "source": digest(record.module, packages),
         "architectures": {name: (entry := kept.get(name)) and asdict(entry) for name in sorted(record.provides)},
     }
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{record.name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path
 
@@ -244,11 +242,14 @@ def _sources(module: str, packages: dict[str, ModuleSpec | None]) -> list[Path]:
     return sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations is not None else [origin]
 
 
-def _folders(module: str, packages: dict[str, ModuleSpec | None]) -> list[Path]:
-    """The folders of the packages around a module, the innermost first."""
-    found = []
-    while module:
-        spec = locate(module, packages)
-        found += [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-        module = module.rpartition(".")[0]
+def _files(module: str, packages: dict[str, ModuleSpec | None]) -> list[Path]:
+    """Where results of a module may lie, the innermost package first; named by the module, since a plugin's own name
+    depends on how it is found."""
+    found, package = [], module
+    while package:
+        spec = locate(package, packages)
+        inside = module[len(package) + 1 :] or module.rpartition(".")[2]
+        folders = (spec and spec.submodule_search_locations) or ()
+        found += [Path(folder) / FOLDER / f"{inside}.json" for folder in folders]
+        package = package.rpartition(".")[0]
     return found

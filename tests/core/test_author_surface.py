@@ -6,6 +6,7 @@ without importing anything, so that it reads the same under every version of Pyt
 
 import ast
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).with_name("author_surface.txt")
 COMMAND = "make surface"
 FILES = ("__init__.py", "plugin.py", "hookspecs.py", "config.py", "batch.py")
-FOLDERS = ("core/modeling", "core/inputs", "core/testing", "kernels")
+FOLDERS = ("core/modeling", "core/inputs", "kernels")
+KIT = "core/testing"  # of this only what its __init__.py offers
 API = next(
     node.value.value
     for node in ast.parse((ROOT / "core" / "__init__.py").read_text()).body
@@ -32,6 +34,12 @@ def surface() -> list[str]:
         module = ".".join(("modelport", *(part for part in parts if part != "__init__")))
         if not any(part.startswith("_") for part in parts if part != "__init__"):
             lines += [f"{module}: {line}" for line in members(ast.parse(path.read_text()))]
+    offered = ast.parse((ROOT / KIT / "__init__.py").read_text())
+    for line in members(offered):
+        if ", from " in line:
+            name, home = line.split(", from modelport.testing.")
+            inside = members(ast.parse((ROOT / KIT / f"{home}.py").read_text()))
+            lines += [f"modelport.testing: {found}" for found in inside if re.match(rf"(class )?{name}\b", found)]
     return lines
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_rows_of_one_architecture_are_verified_one_by_one() -> None:
 def test_results_count_for_the_source_they_were_taken_from(vendor: PluginRecord, tmp_path: Path) -> None:
     assert ledger.entries([vendor]) is None  # only loading could tell
     path = ledger.write(vendor, {"XForCausalLM": result()})
-    assert path == tmp_path / "vendor_x" / "ledger" / "x.json"
+    assert path == tmp_path / "vendor_x" / "ledger" / "model.json"
     found = ledger.entries([vendor])
     assert found == {
         "XForCausalLM": ledger.Entry("x", ("generate",), ("Ann",), result()),
@@ -101,6 +102,25 @@ def test_results_count_for_the_source_they_were_taken_from(vendor: PluginRecord,
     assert "vendor_x" not in sys.modules
 
 
+def test_results_are_found_however_the_plugin_is_found(vendor: PluginRecord) -> None:
+    """Recorded from a checkout under its dotted name, read under its entry point's name, and the other way round."""
+    ledger.write(replace(vendor, name="vendor_x.model"), {"XForCausalLM": result()})
+    assert ledger.read(vendor)["XForCausalLM"] == result()
+
+
+def test_a_plugin_that_is_a_package_has_its_results_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "vendor_w"
+    package.mkdir()
+    (package / "__init__.py").write_text("# has register_architectures")
+    (package / "layers.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    record = PluginRecord("w", "vendor_w", provides=("WForCausalLM",))
+    assert ledger.write(record, {"WForCausalLM": result()}) == package / "ledger" / "vendor_w.json"
+    assert ledger.read(record)["WForCausalLM"] == result()
+    (package / "layers.py").write_text("# other")  # any of its modules may hold the mathematics
+    assert ledger.read(record) is None
+
+
 def test_a_plugin_that_registers_nothing_needs_no_results(vendor: PluginRecord, tmp_path: Path) -> None:
     (tmp_path / "vendor_x" / "model.py").write_text("modelport_api = 1\n")
     assert ledger.entries([vendor]) == {}
@@ -108,7 +128,6 @@ def test_a_plugin_that_registers_nothing_needs_no_results(vendor: PluginRecord, 
 
 def test_two_providers_of_one_name_are_settled_by_loading(vendor: PluginRecord, tmp_path: Path) -> None:
     ledger.write(vendor, {"XForCausalLM": result()})
-    (tmp_path / "vendor_x" / "ledger" / "x2.json").write_text((tmp_path / "vendor_x" / "ledger" / "x.json").read_text())
     second = PluginRecord("x2", "vendor_x.model", "vendor-x", "1.0")
     assert ledger.entries([vendor]) is not None
     assert ledger.entries([vendor, second]) is None
@@ -148,5 +167,5 @@ def test_every_built_in_architecture_has_a_result_that_counts() -> None:
 
 
 def test_no_result_is_left_of_a_plugin_that_is_gone() -> None:
-    names = {record.name for record in installed_plugins() if record.builtin}
-    assert {path.stem for path in (ROOT / "plugins" / "ledger").glob("*.json")} <= names
+    modules = {record.module.removeprefix("modelport.plugins.") for record in installed_plugins() if record.builtin}
+    assert {path.stem for path in (ROOT / "plugins" / "ledger").glob("*.json")} <= modules

@@ -368,6 +368,17 @@ def test_plugins_tells_what_loads_and_what_it_provides(vendor: Path, capsys: pyt
     assert "open_weights" in lines["gguf"]
 
 
+def test_a_plugin_in_the_current_folder_needs_no_installation(vendor: Path, monkeypatch, capsys) -> None:
+    """The console script has no current folder on its path, unlike `python -m`."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(vendor))])
+    monkeypatch.delitem(sys.modules, "vendor_y", raising=False)
+    monkeypatch.chdir(vendor)
+    for listing in ("--load", "--no-load"):
+        assert cli.main(["plugins", listing, "-p", "vendor_y", "--json"]) == 0
+        status = {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}
+        assert status["vendor_y"] == ("loaded" if listing == "--load" else "installed")
+
+
 def test_plugins_tells_what_is_broken_and_why(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("modelport.plugin._imported", lambda record: importlib.import_module("no_such_part"))
     assert cli.main(["plugins"]) == 0

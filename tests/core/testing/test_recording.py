@@ -1,4 +1,4 @@
-"""From reports to the ledger: the worst outcome counts, what did not run does not, and an incomplete run is no result."""
+"""From reports to the ledger: the worst outcome counts, what did not run does not, a part of a run is no result."""
 
 from dataclasses import replace
 from pathlib import Path
