@@ -26,9 +26,9 @@ def main() -> int:
     args = parser.parse_args()
     plugins = load_plugins(blocked=[r.name for r in load_plugins().records if not r.builtin])
     goldens: dict[str, list[Path]] = {}
-    for folder in sorted(GOLDENS.iterdir()):
-        for name in json.loads((folder / "config.json").read_text()).get("architectures", ()):
-            goldens.setdefault(name, []).append(folder)
+    for config in sorted(GOLDENS.glob("*/config.json")):
+        for name in json.loads(config.read_text()).get("architectures", ()):
+            goldens.setdefault(name, []).append(config.parent)
     failed: dict[str, list[str]] = {}  # by what went wrong, which many checks may share
     for owner in plugins.records:
         known = ledger.read(owner) or {}

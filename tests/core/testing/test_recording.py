@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from modelport import ledger
+from modelport import cli, ledger
+from modelport.cli import check as cli_check
 from modelport.plugin import Architecture, PluginError, Plugins, load_plugins
 from modelport.testing.recording import record, summary
 from modelport.testing.report import Check, Report
@@ -74,3 +75,17 @@ def test_only_complete_runs_of_a_plugins_architecture_are_kept(tmp_path: Path, m
     assert record([report()], plugins) == package / "ledger" / "vendor_z.json"
     (owner,) = (r for r in plugins.records if r.name == "vendor_z")
     assert ledger.read(owner)["XForCausalLM"] == replace(summary(ARCHITECTURE, [report()]), maintainers=())
+
+
+def test_check_records_each_architecture_once_with_all_its_reports(monkeypatch, capsys) -> None:
+    kept = []
+    monkeypatch.setattr("modelport.testing.recording.record", lambda reports, _: kept.append(reports) or Path("here"))
+    other = replace(report(), architecture="YForCausalLM")
+    cli_check._record([report(), other, report("L3", "golden y")], load_plugins())
+    assert [[r.architecture for r in reports] for reports in kept] == [["XForCausalLM"] * 2, ["YForCausalLM"]]
+    assert capsys.readouterr().err.splitlines()[0] == "recorded XForCausalLM in here"
+
+
+def test_check_does_not_record_a_part_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "GPT2LMHeadModel", "--record", "--only", "logits"]) == 2
+    assert "--only leaves checks out" in capsys.readouterr().err
