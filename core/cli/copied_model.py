@@ -37,6 +37,7 @@ def copied_model(origin: str, name: str, stem: str) -> str:
             if used in own:
                 wanted += _used(own[used])
     parts = [f'"""{stem}, begun as a copy of {architecture.name}."""']
+    after_block = False
     for node, text in _with_text(tree, source):
         if isinstance(node, ast.Import | ast.ImportFrom):
             kept = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) in needed]
@@ -44,7 +45,8 @@ def copied_model(origin: str, name: str, stem: str) -> str:
                 node.names, whole = kept, len(kept) == len(node.names)
                 parts.append(text if whole else ast.unparse(node))
         elif needed & _names(node) and "register_architectures" not in _names(node):
-            parts.append(text)
+            parts.append(text if not after_block or text.startswith("\n\n") else f"\n\n{text.lstrip()}")
+            after_block = isinstance(node, ast.ClassDef | ast.FunctionDef)
     text = "\n".join([parts[0], "", "\n".join(parts[1:]).lstrip("\n"), "", "", register])
     return re.sub(rf"\b({'|'.join(classes)})\b", lambda match: classes[match[0]], text)
 
@@ -64,7 +66,7 @@ def _find(plugins: Plugins, origin: str) -> tuple[Architecture, str]:
 def _register(architecture: Architecture, name: str) -> str:
     """The hook, written out for one architecture."""
     lines = [f'"{name}",', f"{architecture.model_class().__name__},", f"{architecture.config.__name__},"]
-    for field in ("rename", "weights", "ignore", "tasks", "reference", "tiny"):
+    for field in ("rename", "weights", "ignore", "tasks", "reference", "tiny", "variants", "expected_failures"):
         value = getattr(architecture, field)
         if value != Architecture.__dataclass_fields__[field].default and value != {}:
             lines += f"{field}={_literal(value)},".splitlines()
@@ -81,6 +83,8 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict):
         entries = "".join(f"{_literal(k)}: {_literal(v)},\n" for k, v in value.items())
         return f"{{\n{indent(entries, '    ')}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, tuple):
         return f"({''.join(f'{_literal(v)}, ' for v in value).removesuffix(' ' if len(value) == 1 else ', ')})"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

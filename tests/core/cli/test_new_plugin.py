@@ -38,7 +38,7 @@ def test_the_package_is_complete_and_under_the_new_names(tmp_path: Path, capsys:
     assert "ZetaBarForCausalLM" in (folder / "tests" / "test_conformance.py").read_text()
 
 
-@pytest.mark.parametrize("origin", [None, "llama", "InternLMForCausalLM", "gpt2", "gemma2", "qwen2"])
+@pytest.mark.parametrize("origin", [None, "llama", "InternLMForCausalLM", "gpt2", "gemma2", "olmo"])
 def test_the_model_registers_its_architecture_and_nothing_else(origin, tmp_path: Path, monkeypatch) -> None:
     name = f"zeta-{(origin or 'plain').lower()}"
     folder = write_package(tmp_path / name, "ZetaForCausalLM", origin)
@@ -53,7 +53,7 @@ def test_the_model_registers_its_architecture_and_nothing_else(origin, tmp_path:
     if origin:
         old = next(r for r in plugins.records if origin in (r.name, *r.provides))
         other = plugins.architectures[origin if origin in old.provides else old.provides[0]]
-        for field in ("rename", "ignore", "tiny", "reference"):
+        for field in ("rename", "ignore", "tiny", "reference", "variants", "expected_failures"):
             assert getattr(architecture, field) == getattr(other, field)
     lint = [sys.executable, "-m", "ruff"]
     config = ["--isolated", "--line-length", "120"]
