@@ -6,7 +6,7 @@ PROMPT ?= What is the capital of France, and what is it famous for?
 BIN := .venv/bin
 SOURCES := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc kernels/cpu/build.py)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint ledger surface clean
 
 demo: .venv/.demo
 	@echo "> $(PROMPT)"
@@ -17,6 +17,14 @@ test: .venv/.dev
 
 test-all: .venv/.dev
 	$(BIN)/pytest -q
+
+# Checks what has no result that counts, and writes docs/supported-models.md; ALL=1 checks everything again.
+ledger: .venv/.dev
+	$(BIN)/python tests/ledger.py $(if $(ALL),--all)
+
+# The public names that plugins import, on record; see tests/core/test_author_surface.py before you change any.
+surface:
+	$(BIN)/python tests/core/test_author_surface.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ class PluginRecord:
     :ivar status: `"loaded"`, `"blocked"` or `"broken"`; `"installed"` in a listing that imports nothing.
     :ivar reason: one line: why it is broken, or which of its architectures another plugin claims too.
     :ivar provides: names of the architectures it registers; empty until it is loaded.
+    :ivar hooks: names of the hooks it implements; empty until it is loaded.
     :ivar builtin: it comes with modelport itself.
     :ivar asked: somebody asked for it by its dotted name, so its failure is an error and no warning.
     :ivar traceback: the formatted traceback behind `reason`, or `""`.
@@ -54,6 +55,7 @@ class PluginRecord:
     status: str = "installed"
     reason: str = ""
     provides: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ()
     builtin: bool = False
     asked: bool = False
     traceback: str = ""
@@ -135,7 +137,7 @@ def declared_api(record: PluginRecord, packages: dict[str, ModuleSpec | None]) -
     :raises PluginError: the module does not exist, or declares no API version or one that is not ours.
     :raises SyntaxError: the source does not parse.
     """
-    spec = _locate(record.module, packages)
+    spec = locate(record.module, packages)
     if spec is None or spec.origin is None:  # no origin: a folder without __init__.py
         cure = f"reinstall {record.distribution}" if record.distribution else "install the package that has it"
         raise PluginError(f"there is no module {record.module!r}; {cure}")
@@ -223,14 +225,17 @@ def _canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _locate(module: str, packages: dict[str, ModuleSpec | None]) -> ModuleSpec | None:
-    """`importlib.util.find_spec`, except that the packages around the module are not imported either."""
+def locate(module: str, packages: dict[str, ModuleSpec | None]) -> ModuleSpec | None:
+    """`importlib.util.find_spec`, except that the packages around the module are not imported either.
+
+    :param packages: specs found so far, filled on the way, so that modules of one package share the search.
+    """
     if module in packages:
         return packages[module]
     parent, _, leaf = module.rpartition(".")
     path: list[str] | None = None
     if parent:
-        package = _locate(parent, packages)
+        package = locate(parent, packages)
         if package is None or package.submodule_search_locations is None:
             return None
         path = list(package.submodule_search_locations)

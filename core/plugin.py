@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from modelport import API_VERSION, hookspecs
+from modelport import API_VERSION, hookspecs, ledger
 from modelport.discovery import PluginError, PluginRecord, api_complaint, declared_api, discover
 from modelport.discovery import installed_plugins as installed_plugins
 from modelport.discovery import parse_options as parse_options
@@ -169,7 +169,11 @@ class Plugins:
         near = [known[m] for name in names for m in difflib.get_close_matches(name.lower(), known, cutoff=0.75)]
         if not names:
             return 'config.json names no architecture; add "architectures": ["..."] to it'
+        moved = ledger.moved()
         lines = [f"no plugin provides the architecture {' or '.join(map(repr, names))}"]
+        lines += [
+            f"{name} has moved to a package of its own: pip install {moved[name]}" for name in names if name in moved
+        ]
         if near:
             lines.append(f"near names: {', '.join(dict.fromkeys(near))}")
         lines += [f"broken plugin {r}: {r.reason}" for r in self.records if r.status == "broken"]
@@ -236,7 +240,8 @@ def _load(
         return replace(record, status="broken", reason=kind + text.split("\n")[0], traceback=trace), [], error
     manager.register(module, record.name)
     provides = tuple(architecture.name for architecture in architectures)
-    return replace(record, status="loaded", provides=provides), architectures, None
+    hooks = tuple(sorted(caller.name for caller in trial.get_hookcallers(module) or ()))
+    return replace(record, status="loaded", provides=provides, hooks=hooks), architectures, None
 
 
 def _imported(record: PluginRecord) -> ModuleType:

@@ -1,5 +1,6 @@
 """A vendor's package, built as a wheel and installed beside modelport, computes right through its entry point."""
 
+import hashlib
 import json
 import os
 import re
@@ -150,6 +151,13 @@ def test_installed_package_is_listed_without_being_imported(environment, tmp_pat
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "('acme', 'installed', 'acme-modelport', '0.3', 1)" in run.stdout
+
+
+def test_the_package_is_the_one_of_the_first_release():
+    """See tests/vendor/README.md: what it is written for has to keep working, so it is never adapted."""
+    files = (PACKAGE / "acme_modelport.py", PACKAGE / "pyproject.toml")
+    found = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    assert found == "2daa4fcc39b4e9adf4bf9c46799807b1b1242591b2c59b3e592731b3123a4057"
 
 
 @pytest.mark.parametrize(("language", "file"), [("toml", "pyproject.toml"), ("python", "acme_modelport.py")])

@@ -11,15 +11,17 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from modelport import __version__
 
 COMMANDS = {
     "generate": "continue a prompt",
     "chat": "talk with a model",
-    "models": "list the architectures that can run",
-    "plugins": "list the plugins that are installed",
+    "models": "list architectures, who provides them, and what was measured",
+    "plugins": "list the plugins that are installed, and what is broken",
     "check": "prove that architectures compute what they should",
+    "new-plugin": "write a package for a model of yours",
     "bench": "measure speed, latency and start-up",
     "doctor": "check this installation",
 }
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="replace")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = import_module(f"modelport.cli.{args.command}").run(args)
+            status = _module(args.command).run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -69,6 +71,10 @@ def _describe_field(detail: dict) -> str:
     return f"{name}={detail['input']!r}: {message}" if name else message
 
 
+def _module(command: str) -> ModuleType:
+    return import_module(f"modelport.cli.{command.replace('-', '_')}")
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_where: object) -> None:
     print(f"modelport: warning: {message}", file=sys.stderr)
 
@@ -81,5 +87,5 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
         if name == chosen:
-            import_module(f"modelport.cli.{name}").add_arguments(subparser)
+            _module(name).add_arguments(subparser)
     return parser

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="show the checks and what they prove, and run none")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the reports as a JSON list")
+    parser.add_argument("--record", action="store_true", help="keep the results in the plugins' packages (the ledger)")
     add_plugin_flags(parser)
 
 
@@ -50,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if block:
         raise ValueError(f"-p no:{block[0]}: what is blocked cannot be checked; leave its name out instead")
 
+    if args.record and args.only:
+        raise ValueError("--record keeps results of complete runs, and --only leaves checks out; give one of the two")
+
     from modelport.testing.session import Session
 
     reports = []
@@ -62,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
             print(end="\r\033[K", file=sys.stderr)
         if not args.json:
             print(as_text(report), flush=True)
+    if args.record:
+        _record(reports, plugins)
     if args.json:
         print(json.dumps([report.to_dict() for report in reports], indent=1))
     elif len(reports) > 1:
@@ -117,6 +123,14 @@ def as_text(report: Report) -> str:
     head = f"{report.name}: plugin {report.plugin} ({package}), {against}, on {report.device}"
     rows = [_row(check) for check in report.checks]
     return f"{head}\n{table(('CHECK', 'RESULT', 'SECONDS', 'WORST', 'LIMIT', ''), rows)}\n{report.summary()}\n"
+
+
+def _record(reports: list[Report], plugins: Plugins) -> None:
+    from modelport.testing.recording import record
+
+    for name in dict.fromkeys(report.architecture for report in reports):
+        path = record([report for report in reports if report.architecture == name], plugins)
+        print(f"recorded {name} in {path}", file=sys.stderr)
 
 
 def _row(check: Check) -> tuple[str, ...]:

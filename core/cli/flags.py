@@ -4,6 +4,8 @@ Decision: a flag that is not given is not passed on, so each default lives in on
 """
 
 import argparse
+import os
+import sys
 import types
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -41,8 +43,14 @@ def add_plugin_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def plugin_choice(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What `-p` asked for: modules to load, and names to block."""
-    return parse_options(args.plugin_options)
+    """What `-p` asked for: modules to load, and names to block.
+
+    A module may lie in the current folder, as in a checkout that is not installed; installed ones go before it.
+    """
+    load, block = parse_options(args.plugin_options)
+    if load and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return load, block
 
 
 def load_chosen(args: argparse.Namespace) -> "Plugins":

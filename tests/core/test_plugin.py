@@ -127,6 +127,7 @@ def test_a_record_tells_where_a_plugin_came_from_and_what_it_provides(site):
         api=1,
         status="loaded",
         provides=("AcmeForCausalLM", "AcmeMoEForCausalLM"),
+        hooks=("register_architectures",),
     )
 
 

@@ -1,5 +1,6 @@
 """The `modelport` command: quick where it must be, one line where it fails, and every flag arrives where it belongs."""
 
+import importlib
 import io
 import json
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -51,7 +53,17 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["plugins"], ["plugins", "--json"], ["plugins", "-h"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["models"],
+        ["models", "--json"],
+        ["models", "--markdown"],
+        ["plugins", "--no-load"],
+        ["plugins", "--no-load", "--json"],
+        ["plugins", "-h"],
+    ],
 )
 def test_answers_without_torch_and_at_once(arguments: list[str]) -> None:
     code = (
@@ -274,29 +286,111 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stderr == ""
 
 
-def test_models_lists_architectures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["models", "--json", "-p", "no:gpt2"]) == 0
-    rows = {row["architecture"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["LlamaForCausalLM"] | {"version": ""} == {
-        "architecture": "LlamaForCausalLM",
-        "plugin": "llama",
-        "tasks": ["generate"],
-        "package": "modelport",
-        "version": "",
-    }
-    assert "GPT2LMHeadModel" not in rows
+def models(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[tuple[str, str], dict]:
+    assert cli.main(["models", "--json", *arguments]) == 0
+    return {(row["architecture"], row["category"]): row for row in json.loads(capsys.readouterr().out)}
+
+
+def test_models_lists_the_ledger(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = models(capsys, "-p", "no:gpt2")
+    llama = rows["LlamaForCausalLM", "text generation"]
+    assert (llama["plugin"], llama["tasks"], llama["modalities"]) == ("llama", ["generate"], "T")
+    assert "Llama 3.1" in llama["models"]
+    gpt2 = rows["GPT2LMHeadModel", "text generation"]
+    assert (gpt2["plugin"], gpt2["level"], gpt2["checked"]) == (None, "unverified", None)
+    assert ("AquilaModel", "text generation") in rows  # no row of the project's, and provided all the same
     assert cli.main(["models"]) == 0
-    assert "GPT2LMHeadModel" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert all(architecture in table for architecture, _ in rows)
 
 
-def test_plugins_shows_what_is_blocked_and_what_loads(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plugins", "-p", "no:gpt2", "--json"]) == 0
+@pytest.mark.parametrize(
+    ("arguments", "inside", "outside"),
+    [
+        (["--category", "embedding"], "MistralModel", "MistralForCausalLM"),
+        (["--task", "reward"], "Qwen2ForRewardModel", "Qwen2ForCausalLM"),
+        (["--modality", "audio"], "UltravoxModel", "Phi3VForCausalLM"),
+        (["--modality", "V"], "Qwen2VLForConditionalGeneration", "Phi3VForCausalLM"),
+        (["--level", "unverified", "-p", "no:gpt2"], "GPT2LMHeadModel", "LlamaForCausalLM"),
+        (["LLAMA"], "MllamaForConditionalGeneration", "GPT2LMHeadModel"),
+        (["pythia"], "GPTNeoXForCausalLM", "GPT2LMHeadModel"),  # by the name of a model
+    ],
+)
+def test_models_filters(arguments: list[str], inside: str, outside: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {architecture for architecture, _ in models(capsys, *arguments)}
+    assert inside in names
+    assert outside not in names
+
+
+def test_models_says_when_a_filter_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "no-such-model"]) == 0
+    assert capsys.readouterr() == ("", "no such model; `modelport models` without filters lists all\n")
+
+
+def test_the_page_and_the_results_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--markdown"]) == 0
+    page = (Path(__file__).parents[3] / "docs" / "supported-models.md").read_text()
+    assert page == capsys.readouterr().out, "docs/supported-models.md is out of date; run `make ledger`"
+
+
+@pytest.fixture
+def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plugin that is asked for by name, provides an architecture, and brings no results."""
+    (tmp_path / "vendor_y.py").write_text(
+        "from modelport import Architecture, hookimpl\nmodelport_api = 1\n"
+        "@hookimpl\ndef register_architectures():\n"
+        "    return [Architecture('YForCausalLM', 'm:C', dict, tasks=('embed',), maintainers=('Ann', 'Bo'))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_models_shows_a_vendors_architecture_as_unverified(vendor: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = models(capsys, "-p", "vendor_y")["YForCausalLM", "text embedding"]
+    assert (row["plugin"], row["level"], row["tasks"], row["checked"]) == ("vendor_y", "unverified", ["embed"], None)
+    assert cli.main(["models", "YFor", "-p", "vendor_y"]) == 0
+    assert "maintained by Ann, Bo" in capsys.readouterr().out
+    assert cli.main(["models", "--markdown", "-p", "vendor_y"]) == 0
+    assert "YForCausalLM" not in capsys.readouterr().out  # the page is about what is built in
+
+
+def test_plugins_tells_what_loads_and_what_it_provides(vendor: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plugins", "-p", "no:gpt2,vendor_y", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["gpt2"]["status"] == "blocked"
+    assert (rows["llama"]["status"], rows["llama"]["distribution"], rows["llama"]["api"]) == ("loaded", "modelport", 1)
+    assert "LlamaForCausalLM" in rows["llama"]["provides"]
+    assert rows["gguf"]["hooks"] == ["load_tokenizer", "open_weights", "read_config"]
+    assert (rows["vendor_y"]["provides"], rows["vendor_y"]["maintainers"]) == (["YForCausalLM"], ["Ann", "Bo"])
+    assert cli.main(["plugins", "-p", "vendor_y"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "YForCausalLM (maintained by Ann, Bo)" in lines["vendor_y"]
+    assert "open_weights" in lines["gguf"]
+
+
+def test_a_plugin_in_the_current_folder_needs_no_installation(vendor: Path, monkeypatch, capsys) -> None:
+    """The console script has no current folder on its path, unlike `python -m`."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(vendor))])
+    monkeypatch.delitem(sys.modules, "vendor_y", raising=False)
+    monkeypatch.chdir(vendor)
+    for listing in ("--load", "--no-load"):
+        assert cli.main(["plugins", listing, "-p", "vendor_y", "--json"]) == 0
+        status = {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}
+        assert status["vendor_y"] == ("loaded" if listing == "--load" else "installed")
+
+
+def test_plugins_tells_what_is_broken_and_why(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("modelport.plugin._imported", lambda record: importlib.import_module("no_such_part"))
+    assert cli.main(["plugins"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llama "))
+    assert "broken" in line
+    assert "No module named 'no_such_part'" in line
+
+
+def test_plugins_without_loading_shows_metadata(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plugins", "--no-load", "-p", "no:gpt2", "--json"]) == 0
     status = {row["name"]: row["status"] for row in json.loads(capsys.readouterr().out)}
     assert (status["gpt2"], status["llama"]) == ("blocked", "installed")
-    assert cli.main(["plugins", "--load"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("llama "))
-    assert "loaded" in line
-    assert "LlamaForCausalLM" in line
 
 
 def test_blocking_an_unknown_plugin_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
