@@ -115,7 +115,7 @@ class MambaMixer(nn.Module):
         self.A_log = None
 
     def attach(self, conv_state: Tensor, state: Tensor) -> None:
-        """Take the layer's states, (slots, conv_kernel - 1, inner) and (slots, state_size, inner); called by the core."""
+        """Take the layer's states, (slots, conv_kernel - 1, inner) and (slots, state_size, inner); by the core."""
         self.conv_state, self.state = conv_state, state
 
     def forward(self, x: Tensor, batch: Batch, residual: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The scans and their convolution: native against the references, cut against whole, on every variant that runs here."""
+"""The scans and their convolution: native against references, cut against whole, on every variant here."""
 
 import itertools
 from collections.abc import Iterator
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused() -> None:
             operation(operation.state, sequences([3], [0], [0]), slice(None), False)
         with pytest.raises(ValueError, match="state"):
             operation(operation.state[..., :-1].contiguous(), sequences([4], [0], [0]), slice(None), False)
-    with pytest.raises(ValueError, match="query_starts|starts"):
+    with pytest.raises(ValueError, match=r"query_starts|starts"):
         operation(operation.state, ssm.Sequences(torch.arange(4), torch.tensor([0, 5]).int(), torch.tensor([0]).int()),
                   slice(None), False)  # fmt: skip
     with pytest.raises(ValueError, match="groups"):
