@@ -12,7 +12,7 @@ from modelport.engine import recording
 from modelport.engine.recording import Recorder
 from modelport.kernels import cpu, kv_cache, linear, norm
 from modelport.plugin import load_plugins
-from modelport.testing.reference import TransformersReference
+from modelport.testing.reference import ModuleReference
 
 pytestmark = pytest.mark.skipif(cpu.lib is None, reason="the compiled kernels are not built")
 ROWS, WIDTH = 3, 16
@@ -250,7 +250,7 @@ def logits_of(llm: LLM, prompts: list, params: list, replays: bool) -> tuple[lis
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_family_bit_for_bit(name, tmp_path):
     architecture = load_plugins().find([name])
-    TransformersReference(architecture).save(tmp_path)
+    ModuleReference(architecture).save(tmp_path)
     # few blocks, so that requests are preempted; without prefixes, so that the second run does all of the first
     llm = LLM(
         str(tmp_path), skip_tokenizer_init=True, max_model_len=128, num_kv_blocks=10, enable_prefix_caching=False,
