@@ -4,6 +4,7 @@ Decisions: the runner keeps the tokens and blocks of running requests in tables,
 array arithmetic over the rows it uses and copies nothing that has not changed. It knows no queue and no text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,6 +61,7 @@ class Runner:
         self.sampler = Sampler(vocab_size, num_slots, device)
         recorded = device.type == "cpu" and cpu.lib is not None
         self.recorder = Recorder(self._decode, states) if recorded else None
+        self.on_logits: Callable[[Tensor], None] | None = None  # sees every row of logits in order; for checks
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
         columns = -(-max_model_len // block_size)
@@ -97,6 +99,8 @@ class Runner:
                 result.prompt_logprobs[index] = self._score(request, state, ends[index] - counts[index], counts[index])
             logits = self._logits(state, self._tensor(ends[done] - 1)) if len(done) else None
         if logits is not None:
+            if self.on_logits is not None:
+                self.on_logits(logits)
             self._sample(result, logits, slots, lengths, done)
         return result
 
@@ -212,9 +216,10 @@ class Runner:
         if not following:
             return []
         rows = self._tensor(np.arange(start, start + len(following)))
-        return prompt_logprobs(
-            self._logits(state, rows), self._tensor(np.asarray(following)), request.params.prompt_logprobs
-        )
+        logits = self._logits(state, rows)
+        if self.on_logits is not None:
+            self.on_logits(logits)
+        return prompt_logprobs(logits, self._tensor(np.asarray(following)), request.params.prompt_logprobs)
 
     def _logits(self, state: Tensor | tuple[Tensor, ...], rows: Tensor) -> Tensor:
         picked = state[rows] if isinstance(state, Tensor) else tuple(part[rows] for part in state)

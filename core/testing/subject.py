@@ -189,7 +189,8 @@ class Subject:
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0)
         caught: list[Tensor] = []
         # a lone prompt that wants the log-probabilities of its tokens has every position's logits computed, in order
-        hook = engine_model(llm).lm_head.register_forward_hook(lambda _m, _a, out: caught.append(out.float().cpu()))
+        runner = llm._front.engine.runner
+        runner.on_logits = lambda logits: caught.append(logits.float().cpu().clone())
         made = []
         try:
             for prompt in prompts:
@@ -199,7 +200,7 @@ class Subject:
                 assert len(logits) == len(prompt) + len(found.token_ids) - 1, (logits.shape, len(prompt))
                 made.append(replace(found, logits=logits))
         finally:
-            hook.remove()
+            runner.on_logits = None
         return made
 
     @cached_property

@@ -71,7 +71,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 EMPTY = torch.empty(0)
-UNUSED = {"block_table": EMPTY, "slots": EMPTY, "max_query_len": 1, "max_seq_len": 1}
+UNUSED = {"pages": (), "state_slots": EMPTY, "max_query_len": 1}
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 TYPES = {
