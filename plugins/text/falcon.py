@@ -117,6 +117,13 @@ def register_architectures() -> list[Architecture]:
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
     }
+    grouped = {"new_decoder_architecture": True, "num_attention_heads": 8, "num_kv_heads": 2}
+    variants = {
+        "40b": grouped,
+        "falcon-2": {**grouped, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 112, "rope_theta": 500042.0},
+        "multi-head": {"multi_query": False, "bias": True, "activation": "relu"},
+        "sequential": {"parallel_attn": False, "tie_word_embeddings": False},
+    }
     names = "FalconForCausalLM", "RWForCausalLM"  # the second before transformers had the model
     return [
         Architecture(
@@ -127,6 +134,7 @@ def register_architectures() -> list[Architecture]:
             weights=ungroup,
             reference="transformers:FalconForCausalLM",
             tiny=tiny,
+            variants=variants,
         )
         for name in names
     ]
