@@ -18,6 +18,7 @@ from modelport.modeling.linear import Linear as Linear
 from modelport.modeling.linear import MergedLinear as MergedLinear
 from modelport.modeling.linear import QKVLinear as QKVLinear
 from modelport.modeling.linear import RowLinear as RowLinear
+from modelport.modeling.linear import ungroup_qkv as ungroup_qkv
 from modelport.modeling.mlp import MLP as MLP
 from modelport.modeling.mlp import GatedMLP as GatedMLP
 from modelport.modeling.moe import ExpertLinear as ExpertLinear

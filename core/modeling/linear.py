@@ -81,3 +81,15 @@ class QKVLinear(Linear):
         assert residual is None
         rows = super().forward(x).view(x.shape[0], -1, self.head_dim)
         return rows.split(self.heads, dim=1)
+
+
+def ungroup_qkv(tensor: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+    """Rows stored key head by key head, in the order that `QKVLinear` holds: all queries, all keys, all values.
+
+    Megatron and its descendants (GPT-NeoX, Bloom, Falcon) store for each key head the queries that share it, the key
+    and the value.
+
+    :param tensor: weight (rows, in_features) or bias (rows,), rows: (num_heads + 2 * num_kv_heads) * head_dim.
+    """
+    groups = tensor.unflatten(0, (num_kv_heads, -1, head_dim))
+    return torch.cat([part.flatten(0, 2) for part in groups.split((groups.shape[1] - 2, 1, 1), dim=1)])
