@@ -7,17 +7,28 @@ from modelport.modeling.linear import ColumnLinear, MergedLinear, RowLinear
 
 
 class GatedMLP(nn.Module):
-    """`down_proj(act(gate_proj(x)) * up_proj(x)) + residual` (Shazeer, 2020)."""
+    """`down_proj(act(gate_proj(x)) * up_proj(x)) + residual` (Shazeer, 2020).
 
-    def __init__(self, hidden_size: int, intermediate_size: int, act: str, bias: bool = False):
+    :param names: of gate, up and down in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        act: str,
+        bias: bool = False,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ):
         super().__init__()
         sizes = (intermediate_size, intermediate_size)
-        self.gate_up_proj = MergedLinear(hidden_size, sizes, ("gate_proj", "up_proj"), bias)
+        self.gate_up_proj = MergedLinear(hidden_size, sizes, names[:2], bias)
         self.act = Gated(act)
-        self.down_proj = RowLinear(intermediate_size, hidden_size, bias)
+        self.down = names[2]
+        self.add_module(self.down, RowLinear(intermediate_size, hidden_size, bias))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.down_proj(self.act(self.gate_up_proj(x)), residual)
+        return getattr(self, self.down)(self.act(self.gate_up_proj(x)), residual)
 
 
 class MLP(nn.Module):

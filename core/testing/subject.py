@@ -231,8 +231,10 @@ class Subject:
 
 
 def engine_model(llm: LLM) -> nn.Module:
-    """The model inside an engine."""
-    return llm._front.engine.model
+    """The model inside an engine, every step of which is run: recordings of steps would pass by its hooks."""
+    engine = llm._front.engine
+    engine.runner.recorder = None
+    return engine.model
 
 
 def continuations(prompts: Sequence[Prompt], outputs: Sequence[RequestOutput]) -> list[Continuation]:

@@ -27,11 +27,14 @@ def test_plain(act: str, bias: bool) -> None:
     torch.testing.assert_close(mlp(x, residual), want + residual, rtol=1e-4, atol=1e-4)
 
 
-def test_gated() -> None:
-    mlp = filled(GatedMLP(12, 20, "silu"))
-    gate_up, down = mlp.gate_up_proj.weight.data.clone(), mlp.down_proj.weight.data.clone()
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_gated(names: tuple[str, str, str]) -> None:
+    mlp = filled(GatedMLP(12, 20, "silu", names=names))
+    assert mlp.gate_up_proj.parts == ((names[0], 20), (names[1], 20))
+    last = mlp.get_submodule(names[2])
+    gate_up, down = mlp.gate_up_proj.weight.data.clone(), last.weight.data.clone()
     mlp.gate_up_proj.pack()
-    mlp.down_proj.pack()
+    last.pack()
     x = torch.randn(5, 12)
     gate, up = (x @ gate_up.T).chunk(2, -1)
     torch.testing.assert_close(mlp(x), (nn.functional.silu(gate) * up) @ down.T, rtol=1e-4, atol=1e-4)
