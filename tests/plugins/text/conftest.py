@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from modelport import LLM, SamplingParams
 from modelport.plugin import load_plugins
-from modelport.testing.reference import TransformersReference
+from modelport.testing.reference import ModuleReference
 
 Tensors = dict[str, torch.Tensor]
 TOKENS = 16
@@ -23,7 +23,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, name: str, overrides: dict[str, Any]):
         self.folder = folder
-        self.reference = TransformersReference(load_plugins().find([name]), overrides=overrides)
+        self.reference = ModuleReference(load_plugins().find([name]), overrides=overrides)
         self.reference.save(folder)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.tensors: Tensors = load_file(folder / "model.safetensors")

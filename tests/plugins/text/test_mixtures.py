@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 from modelport import LLM, SamplingParams
 from modelport.plugin import load_plugins
-from modelport.testing.reference import TransformersReference
+from modelport.testing.reference import ModuleReference
 
 PROMPTS = [torch.randint(1, 320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 40)]
 
 
 def check(name: str, folder: Path, overrides: dict | None = None, **save_options) -> None:
-    reference = TransformersReference(load_plugins().find([name]), overrides=overrides)
+    reference = ModuleReference(load_plugins().find([name]), overrides=overrides)
     llm = LLM(str(reference.save(folder, **save_options)), skip_tokenizer_init=True, dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
