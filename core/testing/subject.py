@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modelport.config import EngineConfig
+from modelport.engine.sampler import SamplerOutput
 from modelport.frontend import Frontend, engine_config
 from modelport.llm import LLM
 from modelport.loading.checkpoint import read_config, resolve
@@ -133,8 +136,13 @@ class Subject:
 
     @property
     def is_paged(self) -> bool:
-        """Whether all that the model keeps lies in pages of keys and values, which can be taken away and made anew."""
-        return bool(self.cache_specs) and all(isinstance(spec, CacheSpec) for spec in self.cache_specs)
+        """Whether it keeps pages of keys and values, so that requests can run out of them."""
+        return any(isinstance(spec, CacheSpec) for spec in self.cache_specs)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether such pages are all that it keeps, and depend on nothing but the tokens before."""
+        return self.is_paged and all(isinstance(spec, CacheSpec) and not spec.cross for spec in self.cache_specs)
 
     @property
     def has_encoder(self) -> bool:
@@ -198,19 +206,16 @@ class Subject:
         """Run prompts one after the other, and catch the logits at every position."""
         llm = self.llm(folder, **settings)
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0)
-        caught: list[Tensor] = []
-        # a lone prompt that wants the log-probabilities of its tokens has every position's logits computed, in order
-        hook = engine_model(llm).lm_head.register_forward_hook(lambda _m, _a, out: caught.append(out.float().cpu()))
         made = []
-        try:
+        with _caught(llm) as (scored, sampled):
             for prompt in prompts:
-                caught.clear()
+                scored.clear()
+                sampled.clear()
                 (found,) = continuations([prompt], self.together([prompt], params, llm))
-                logits = torch.cat(caught)
+                rows = torch.cat(scored)[: len(prompt) - 1]
+                logits = torch.cat([rows, *sampled])
                 assert len(logits) == len(prompt) + len(found.token_ids) - 1, (logits.shape, len(prompt))
                 made.append(replace(found, logits=logits))
-        finally:
-            hook.remove()
         return made
 
     @property
@@ -247,6 +252,31 @@ class Subject:
         known = {c.prompt: c for c in self.baseline}
         found = continuations(prompts or self.prompts, outputs)
         return max(difference(known[c.prompt], c) for c in found)
+
+
+@contextmanager
+def _caught(llm: LLM) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Two lists that fill while a lone request runs that wants the log-probabilities of its prompt.
+
+    What the head computes: the prompt's rows but the last, in order, and then others. And what tokens are drawn from:
+    a decode step may come from a recording, which calls no module.
+    """
+    scored: list[Tensor] = []
+    sampled: list[Tensor] = []
+    sampler = llm._front.engine.runner.sampler
+    sample = sampler.sample
+
+    def tapped(logits: Tensor, slots: np.ndarray) -> SamplerOutput:
+        sampled.append(logits.float().cpu().clone())
+        return sample(logits, slots)
+
+    hook = engine_model(llm).lm_head.register_forward_hook(lambda _m, _a, out: scored.append(out.float().cpu().clone()))
+    sampler.sample = tapped
+    try:
+        yield scored, sampled
+    finally:
+        hook.remove()
+        del sampler.sample  # the instance's, which hides the method
 
 
 def engine_model(llm: LLM) -> nn.Module:

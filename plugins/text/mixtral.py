@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from modelport.batch import Batch
-from modelport.config import TextConfig
+from modelport.config import RopeParameters, TextConfig
 from modelport.modeling import Attention, CausalLM, Experts, QKVLinear, RMSNorm, Rope, Router, RowLinear
 from modelport.plugin import Architecture, hookimpl
 
@@ -14,6 +14,7 @@ modelport_api = 1
 
 class MixtralConfig(TextConfig):
     rms_norm_eps: float = 1e-5
+    rope_parameters: RopeParameters = RopeParameters(rope_theta=1e6)
     sliding_window: int | None = None
     num_experts_per_tok: int = 2
     num_local_experts: int = 8

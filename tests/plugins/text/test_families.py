@@ -7,6 +7,7 @@ from modelport.testing import conformance_tests
 GOLDENS = Path(__file__).parents[2] / "goldens"
 
 test_aquila = conformance_tests("AquilaForCausalLM")
+test_bart = conformance_tests("BartForConditionalGeneration")
 test_deepseek_v2 = conformance_tests("DeepseekV2ForCausalLM")
 test_deepseek_v3 = conformance_tests("DeepseekV3ForCausalLM")
 test_falcon_mamba = conformance_tests("FalconMambaForCausalLM")
