@@ -43,7 +43,8 @@ class DeepseekV2Config(TextConfig):
 
     def router(self) -> dict[str, Any]:
         # V2's authors scale shares or normalise them, never both.
-        scale, normalize = (1.0, 1.0) if self.norm_topk_prob else (self.routed_scaling_factor, None)
+        normalizes = self.norm_topk_prob and self.num_experts_per_tok > 1
+        scale, normalize = (1.0, 1.0) if normalizes else (self.routed_scaling_factor, None)
         if self.topk_method == "greedy":
             return {"scale": scale, "normalize": normalize}
         groups = {"groups": self.n_group or 1, "top_groups": self.topk_group or 1}
@@ -161,8 +162,28 @@ def register_architectures() -> list[Architecture]:
         "n_group": 4,
         "topk_group": 2,
     }
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    variants = {
+        "plain_queries": {"q_lora_rank": None},
+        "yarn": {
+            "rope_parameters": {**yarn, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.7}
+        },
+        "biases": {"attention_bias": True},
+        "all_sparse": {"first_k_dense_replace": 0},
+    }
+    v2_variants = {**variants, "group_limited": {"topk_method": "group_limited_greedy"}}
+    v3_variants = {**variants, "not_normalised": {"norm_topk_prob": False}, "halves": {"rope_interleave": False}}
     v2, v3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
     return [
-        Architecture(v2, DeepseekV2, DeepseekV2Config, weights=weights, reference=f"transformers:{v2}", tiny=tiny),
-        Architecture(v3, DeepseekV2, DeepseekV3Config, weights=weights, reference=f"transformers:{v3}", tiny=tiny),
+        Architecture(
+            name,
+            DeepseekV2,
+            config,
+            weights=weights,
+            ignore=("*.rotary_emb.inv_freq",),
+            reference=f"transformers:{name}",
+            tiny=tiny,
+            variants=flags,
+        )
+        for name, config, flags in ((v2, DeepseekV2Config, v2_variants), (v3, DeepseekV3Config, v3_variants))
     ]

@@ -84,5 +84,14 @@ def register_architectures() -> list[Architecture]:
         "scale_emb": 3,
         "dim_model_base": 32,
     }
+    long = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40}
+    variants = {
+        "longrope": {
+            "rope_parameters": {**long, "short_factor": [1.0, 1.1, 1.2, 1.4], "long_factor": [1.0, 2.0, 4.0, 9.0]}
+        },
+        "plain_queries": {"q_lora_rank": None, "attention_bias": True},
+        "unscaled": {"scale_emb": 1, "scale_depth": None, "dim_model_base": None, "tie_word_embeddings": False},
+    }
     name = "MiniCPM3ForCausalLM"
-    return [Architecture(name, MiniCPM3, MiniCPM3Config, reference=f"transformers:{name}", tiny=tiny)]
+    reference = f"transformers:{name}"
+    return [Architecture(name, MiniCPM3, MiniCPM3Config, reference=reference, tiny=tiny, variants=variants)]

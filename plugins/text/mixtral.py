@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from modelport.batch import Batch
-from modelport.config import TextConfig
+from modelport.config import RopeParameters, TextConfig
 from modelport.modeling import Attention, CausalLM, Experts, QKVLinear, RMSNorm, Rope, Router, RowLinear
 from modelport.plugin import Architecture, hookimpl
 
@@ -13,6 +13,8 @@ modelport_api = 1
 
 
 class MixtralConfig(TextConfig):
+    max_position_embeddings: int = 131072
+    rope_parameters: RopeParameters = RopeParameters(rope_theta=1e6)
     rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     num_experts_per_tok: int = 2
@@ -88,5 +90,6 @@ def register_architectures() -> list[Architecture]:
             weights=published_names,
             reference="transformers:MixtralForCausalLM",
             tiny=tiny,
+            variants={"whole": {"sliding_window": None}, "one_expert": {"num_experts_per_tok": 1}},
         )
     ]

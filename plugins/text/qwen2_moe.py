@@ -114,5 +114,10 @@ def register_architectures() -> list[Architecture]:
         "shared_expert_intermediate_size": 80,
         "mlp_only_layers": [1],
     }
+    variants = {
+        "normalised": {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": []},
+        "whole": {"use_sliding_window": False, "qkv_bias": False},
+    }
     name = "Qwen2MoeForCausalLM"
-    return [Architecture(name, Qwen2Moe, Qwen2MoeConfig, reference=f"transformers:{name}", tiny=tiny)]
+    reference = f"transformers:{name}"
+    return [Architecture(name, Qwen2Moe, Qwen2MoeConfig, reference=reference, tiny=tiny, variants=variants)]
