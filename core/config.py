@@ -141,7 +141,8 @@ def _rope_of_one(given: dict[str, Any], data: dict[str, Any], default: RopeParam
     if kind in _EXTENDED:  # Phi-3 writes the original length outside, and that one counts
         if "original_max_position_embeddings" in data:
             rope["original_max_position_embeddings"] = data["original_max_position_embeddings"]
-        rope.setdefault("original_max_position_embeddings", rope["max_position_embeddings"])
+        original = default.original_max_position_embeddings or rope["max_position_embeddings"]
+        rope.setdefault("original_max_position_embeddings", original)
     return default.model_dump(exclude_unset=True) | rope
 
 

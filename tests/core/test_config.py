@@ -56,6 +56,14 @@ def test_lengths() -> None:
     assert rope().max_position_embeddings == 2048
 
 
+def test_a_family_knows_its_original_length() -> None:
+    class Family(TextConfig):
+        rope_parameters: RopeParameters = RopeParameters(rope_type="yarn", factor=4, original_max_position_embeddings=8)
+
+    found = Family(**BASE, max_position_embeddings=64).rope_parameters
+    assert (found.rope_type, found.factor, found.original_max_position_embeddings) == ("yarn", 4, 8)
+
+
 def test_nulls_mean_defaults() -> None:
     found = rope(rope_theta=None, rope_scaling={"type": "yarn", "factor": 4, "mscale": None, "beta_fast": None})
     assert found.rope_theta == 10000.0

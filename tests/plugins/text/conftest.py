@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,25 @@ TOKENS = 16
 
 
 class Checkpoint:
-    """A tiny random checkpoint in a folder, with the reference that wrote it; `config` and `tensors` may be edited."""
+    """A tiny random checkpoint in a folder, with the reference that wrote it; `config` and `tensors` may be edited.
 
-    def __init__(self, folder: Path, name: str, overrides: dict[str, Any]):
+    :param make: makes the reference, in place of what the architecture names; its entries are then the configuration.
+    """
+
+    def __init__(self, folder: Path, name: str, overrides: dict[str, Any], make: Callable | None = None):
         self.folder = folder
-        self.reference = ModuleReference(load_plugins().find([name]), overrides=overrides)
-        self.reference.save(folder)
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self.tensors: Tensors = load_file(folder / "model.safetensors")
+        architecture = load_plugins().find([name])
+        self.reference = ModuleReference(
+            replace(architecture, reference=make) if make else architecture, overrides=overrides
+        )
+        self.save()
+        if make:
+            self.config = {**self.reference.entries, "architectures": [name]}
+
+    def save(self, **options: Any) -> None:
+        self.reference.save(self.folder, **options)
+        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        self.tensors: Tensors = load_file(self.folder / "model.safetensors")
 
     def engine(self) -> LLM:
         (self.folder / "config.json").write_text(json.dumps(self.config))
@@ -56,4 +68,4 @@ class Checkpoint:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
     """`checkpoint("GemmaForCausalLM", num_key_value_heads=4)`: a checkpoint with other settings than `tiny`."""
-    return lambda name, **overrides: Checkpoint(tmp_path, name, overrides)
+    return lambda name, make=None, **overrides: Checkpoint(tmp_path, name, overrides, make)
