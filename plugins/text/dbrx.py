@@ -119,7 +119,7 @@ def register_architectures() -> list[Architecture]:
     variants = {
         "not_normalised": {"ffn_config": {**experts, "moe_normalize_expert_weights": None}},
         "2_norm": {"ffn_config": {**experts, "moe_normalize_expert_weights": 2.0, "ffn_act_fn": {"name": "gelu"}}},
-        "not_clipped": {"attn_config": {**attention, "clip_qkv": None, "kv_n_heads": 4}},
+        "more_heads": {"attn_config": {**attention, "kv_n_heads": 4}},
     }
     rename = {
         "transformer.wte.": "model.embed_tokens.",

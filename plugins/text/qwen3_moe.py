@@ -11,6 +11,7 @@ modelport_api = 1
 
 
 class Qwen3MoeConfig(TextConfig):
+    aliases = {"num_local_experts": "num_experts"}  # as transformers 5 writes it
     max_position_embeddings: int = 32768
     attention_bias: bool = False
     use_sliding_window: bool = False

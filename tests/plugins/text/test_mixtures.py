@@ -25,9 +25,10 @@ def test_names_of_transformers_5(checkpoint, name):
 
 @pytest.mark.parametrize("beside", [None, {"rope_type": "default", "rope_theta": 10000.0}])
 def test_dbrx_reads_the_base_where_its_authors_put_it(checkpoint, beside):
-    """transformers 5 reads it from `rope_parameters` only, and writes its own default there."""
-    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 50.0}
+    """transformers 5 reads it from `rope_parameters` only, and writes its own default there; nor can it but clip."""
+    attention = {"kv_n_heads": 2, "clip_qkv": 1e6, "rope_theta": 50.0}
     made = checkpoint("DbrxForCausalLM", attn_config=attention, rope_parameters={**(beside or {}), "rope_theta": 50.0})
+    made.config["attn_config"]["clip_qkv"] = None
     made.config["rope_parameters"] = beside
     made.assert_agrees()
 
