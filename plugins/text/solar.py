@@ -11,7 +11,7 @@ modelport_api = 1
 
 
 class SolarConfig(TextConfig):
-    """`bskcn_1` and `bskcn_2` list layers whose input is kept, in two places; `bskcn_3` and `bskcn_4` those that use it.
+    """`bskcn_1` and `bskcn_2` list layers whose input is kept, in two places; `bskcn_3`, `bskcn_4` those that use it.
 
     `bskcn_tv` is the share of the kept one, in training and in use.
     """
