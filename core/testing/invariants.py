@@ -54,17 +54,17 @@ def prefix_cached(subject: Subject) -> Measured:
     cold = subject.hold(subject.together(subject.prompts, llm=llm))
     outputs = subject.together(subject.prompts, llm=llm)
     hits = [(len(o.prompt_token_ids), o.num_cached_tokens) for o in outputs]
-    if subject.is_paged and not all(cached for length, cached in hits if length > BLOCK):
+    if subject.shares_prefixes and not all(cached for length, cached in hits if length > BLOCK):
         raise Failure(f"prompts were run twice, and of some nothing came from the cache; (tokens, cached): {hits}")
     cached = sum(cached for _, cached in hits)
-    detail = f"{cached} tokens came from the cache" if cached else "the model keeps states that cannot be shared"
+    detail = f"{cached} tokens came from the cache" if cached else "what the model keeps cannot be shared"
     return Measured(max(cold, subject.hold(outputs)), LOGITS_LIMIT, detail)
 
 
 @conformance_check(every_variant=True)
 def preempted(subject: Subject) -> Measured:
     """A request that lost its cache to another one goes on as if nothing had happened."""
-    needs(subject.is_paged, "the model keeps more than pages of keys and values, so none are taken away")
+    needs(subject.is_paged, "the model keeps no pages of keys and values, which could run out")
     room = min(subject.max_model_len, max(map(len, subject.prompts)) + GREEDY.max_tokens + 1)
     blocks = -(-room // BLOCK) + 1  # for one of the longest, and a little
     outputs = subject.together(subject.prompts, num_kv_blocks=blocks, max_model_len=room)

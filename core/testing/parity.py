@@ -114,7 +114,8 @@ def _told(subject: Subject) -> dict[Prompt, Tensor]:
     return subject.once(
         "told",
         lambda: {
-            c.prompt: subject.reference.logits((*c.prompt.token_ids, *c.token_ids[:-1])) for c in subject.baseline
+            c.prompt: subject.reference.logits((*c.prompt.token_ids, *c.token_ids[:-1]), c.prompt.encoder_token_ids)
+            for c in subject.baseline
         },
     )
 

@@ -25,7 +25,7 @@ from modelport.testing.report import NOT_APPLICABLE, NOT_BUILT
 
 LOGITS_LIMIT = 1e-4
 """Largest difference of float32 logits, relative to the largest reference logit: rounding stays ten times below it."""
-SENSITIVITY = 100 * LOGITS_LIMIT  # how far a changed input must move the logits, in the same measure
+SENSITIVITY = 20 * LOGITS_LIMIT  # how far a changed input must move the logits, in the same measure
 DISTINCT = 8  # different likeliest tokens that a sensible reference gives after 64 prefixes
 ATTEMPTS = ((0, 1.0), (1, 1.0), (2, 0.5), (3, 2.0), (4, 0.25))  # seed, factor on the spread of the weights
 
@@ -81,10 +81,25 @@ class ModuleReference:
         kept = _distinct(self.model)
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in kept}
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it is an encoder-decoder model: `model.config.is_encoder_decoder`."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
     @torch.inference_mode()
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
-        """(tokens, vocab_size) float32 for one sequence, computed whole, so that no cache can be wrong."""
-        return _logits(self.model, token_ids)
+    def logits(self, token_ids: Sequence[int], encoder_token_ids: Sequence[int] | None = None) -> Tensor:
+        """(tokens, vocab_size) float32 for one sequence, computed whole, so that no cache can be wrong.
+
+        :param encoder_token_ids: what the encoder of an encoder-decoder model reads.
+        """
+        return _logits(self.model, token_ids, encoder_token_ids)
+
+    def greedy(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+        """Greedy continuation; every step computes the whole sequence again."""
+        ids = list(token_ids)
+        for _ in range(num_tokens):
+            ids.append(int(self.logits(ids)[-1].argmax()))
+        return ids[len(token_ids) :]
 
     @torch.inference_mode()
     def rounded_logits(self, prompts: Sequence[Prompt]) -> list[Tensor]:
@@ -92,27 +107,28 @@ class ModuleReference:
         model = copy.deepcopy(self.model)
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-        return [_logits(model, prompt.token_ids) for prompt in prompts]
+        return [_logits(model, prompt.token_ids, prompt.encoder_token_ids) for prompt in prompts]
 
     def complaint(self, vocab_size: int) -> str:
         """Why this instance would prove little; `""` when it is fine."""
         generator = torch.Generator().manual_seed(3)
         ids = torch.randint(1, vocab_size, (64,), generator=generator).tolist()
-        short = ids[:12]
-        told = self.logits(ids)
+        short, read = ids[:12], ids[30:42] if self.has_encoder else None
+        told = self.logits(ids, read)
         if not torch.isfinite(told).all():
             return "its logits are not finite"
         distinct = len(set(told.argmax(-1).tolist()))
         if distinct < min(DISTINCT, vocab_size // 2):
             return f"64 prefixes have only {distinct} different likeliest tokens"
-        base = self.logits(short)[-1]
-        other = ids[20] if ids[20] != short[0] else ids[21]
-        changes = {
-            "the first of 12 tokens": [other, *short[1:]],
-            "the order of two tokens": [*short[:4], short[5], short[4], *short[6:]],
+        base = self.logits(short, read)[-1]
+        changes: dict[str, tuple[list[int], list[int] | None]] = {
+            "the first of 12 tokens": ([_other(short[0], ids), *short[1:]], read),
+            "the order of two tokens": ([*short[:4], short[5], short[4], *short[6:]], read),
         }
+        if read is not None:
+            changes["the encoder's first of 12 tokens"] = (short, [_other(read[0], ids), *read[1:]])
         for what, changed in changes.items():
-            moved = float((self.logits(changed)[-1] - base).abs().max() / base.abs().max())
+            moved = float((self.logits(*changed)[-1] - base).abs().max() / base.abs().max())
             if moved < SENSITIVITY:
                 return f"{what} moves its logits by {moved:.1e} of the largest, less than {SENSITIVITY:.0e}"
         return ""
@@ -255,9 +271,17 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def _logits(model: nn.Module, token_ids: Sequence[int]) -> Tensor:
-    ids = torch.tensor([list(token_ids)])
+def _other(token: int, tokens: Sequence[int]) -> int:
+    return next(found for found in tokens if found != token)
+
+
+def _logits(model: nn.Module, token_ids: Sequence[int], encoder_token_ids: Sequence[int] | None = None) -> Tensor:
     # transformers would make a cache, which some classes cannot
-    out = model(ids, use_cache=False) if hasattr(model, "save_pretrained") else model(ids)
+    options = {"use_cache": False} if hasattr(model, "save_pretrained") else {}
+    ids = torch.tensor([list(token_ids)])
+    if encoder_token_ids is None:
+        out = model(ids, **options)
+    else:
+        out = model(torch.tensor([list(encoder_token_ids)]), decoder_input_ids=ids, **options)
     logits = out if isinstance(out, Tensor) else out.logits
     return logits[0].float()

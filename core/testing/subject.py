@@ -23,7 +23,7 @@ from modelport.frontend import Frontend, engine_config
 from modelport.llm import LLM
 from modelport.loading.checkpoint import read_config, resolve
 from modelport.loading.model import build, describe
-from modelport.modeling.attention import CacheSpec
+from modelport.modeling.cache import CacheSpec
 from modelport.plugin import Architecture, Plugins
 from modelport.request import RequestOutput
 from modelport.sampling_params import SamplingParams
@@ -133,8 +133,18 @@ class Subject:
 
     @property
     def is_paged(self) -> bool:
-        """Whether all that the model keeps lies in pages of keys and values, which can be shared and given back."""
-        return bool(self.cache_specs) and all(isinstance(spec, CacheSpec) for spec in self.cache_specs)
+        """Whether it keeps pages of keys and values, so that requests can run out of them."""
+        return any(isinstance(spec, CacheSpec) for spec in self.cache_specs)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether such pages are all that it keeps, and depend on nothing but the tokens before."""
+        return self.is_paged and all(isinstance(spec, CacheSpec) and not spec.cross for spec in self.cache_specs)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a part of those pages holds an encoder's keys."""
+        return any(isinstance(spec, CacheSpec) and spec.cross for spec in self.cache_specs)
 
     @cached_property
     def windows(self) -> list[int]:
@@ -154,7 +164,13 @@ class Subject:
 
     @cached_property
     def prompts(self) -> list[Prompt]:
-        return make_prompts(self.config.vocab_size, self.windows, self._longest)
+        start = None
+        if self.has_encoder:
+            entries = self.config.model_dump()
+            start = next(
+                (entries[k] for k in ("decoder_start_token_id", "bos_token_id") if entries.get(k) is not None), None
+            )
+        return make_prompts(self.config.vocab_size, self.windows, self._longest, self.has_encoder, start)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -203,10 +219,13 @@ class Subject:
             runner.on_logits = None
         return made
 
-    @cached_property
+    @property
     def baseline(self) -> list[Continuation]:
-        """Every prompt alone and uncut."""
-        return self.alone(self.prompts)
+        """Every prompt alone and uncut.
+
+        :raises Skip: that has failed before; why, only the first check that asks is told.
+        """
+        return self.once("baseline", lambda: self.alone(self.prompts))
 
     @cached_property
     def golden_run(self) -> list[Continuation]:
@@ -215,9 +234,15 @@ class Subject:
         return self.alone(self.reference.prompts)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What several checks of one theme share: made by the first that asks."""
+        """What several checks share: made by the first that asks.
+
+        :raises Skip: it could not be made, which the first that asked was told as an error.
+        """
         if name not in self._made:
+            self._made[name] = None
             self._made[name] = make()
+        if self._made[name] is None:
+            raise Skip("not run: what it compares with could not be made; an earlier check says why")
         return self._made[name]
 
     def hold(self, outputs: Sequence[RequestOutput], prompts: Sequence[Prompt] | None = None) -> float:

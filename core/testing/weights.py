@@ -32,7 +32,7 @@ def weights(subject: Subject) -> Measured:
 
 @conformance_check()
 def missing_weights(subject: Subject) -> Measured:
-    """A checkpoint that lacks a tensor is refused, whichever it is: none is dropped silently."""
+    """A checkpoint that lacks a tensor is refused, or the tensor changes the logits: none is dropped silently."""
     names = _one_of_each_kind(subject)
     for name in names:
         rest = {key: tensor for key, tensor in subject.tensors.items() if key != name}
@@ -40,7 +40,7 @@ def missing_weights(subject: Subject) -> Measured:
             subject.build(subject.write("missing", rest))
         except WeightsError:
             continue
-        if not is_spare(subject, name):
+        if not (is_spare(subject, name) or _matters(subject, name)):
             raise Failure(
                 f"the checkpoint loads without {name!r}, so that tensor is never used; take it in `weights`, or name "
                 "it in `ignore` when the model does not need it"
@@ -93,6 +93,15 @@ def dtype(subject: Subject) -> Measured:
         if all((a == b).all() for a, b in zip(kept["auto"], kept["float32"], strict=True)):
             raise Failure("the model computes the same in bfloat16 as in float32: a layer converts what it is given")
     return Measured()
+
+
+def _matters(subject: Subject, name: str) -> bool:
+    """Whether other values in a tensor give other logits."""
+    tensor = subject.tensors[name]
+    (base,) = subject.alone(subject.prompts[1:2], tokens=1)
+    changed = subject.write("changed", {**subject.tensors, name: (tensor + 1).flip(-1)})
+    (other,) = subject.alone(subject.prompts[1:2], tokens=1, folder=changed)
+    return bool((base.logits != other.logits).any())
 
 
 def _same(subject: Subject, folder: Path, detail: str) -> Measured:

@@ -110,6 +110,6 @@ def register_architectures() -> list[Architecture]:
             Cohere2Config,
             reference=f"transformers:{second}",
             tiny={**tiny, "sliding_window": 20},
-            variants={"flags": flags, "pattern": {"sliding_window_pattern": 2}, "all": {"sliding_window": None}},
+            variants={"flags": flags, "pattern": {"sliding_window_pattern": 2}},
         ),
     ]

@@ -36,13 +36,14 @@ class DbrxConfig(TextConfig):
     @classmethod
     def _flat(cls, data: Any) -> Any:
         """Settings of attention and experts stand in groups of their own."""
-        attention, experts = ({**(data.get(key) or {})} for key in ("attn_config", "ffn_config"))
+        attention, experts = (data.get(key) or {} for key in ("attn_config", "ffn_config"))
         rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
         if "rope_theta" in attention:
-            rope = {**rope, "rope_theta": attention.pop("rope_theta")}
+            rope = {**rope, "rope_theta": attention["rope_theta"]}
         act = (experts.get("ffn_act_fn") or {}).get("name", "silu")
         read = {key: experts[key] for key in experts if key.startswith("moe_") or key == "ffn_hidden_size"}
-        return {"kv_n_heads": 1, **data, **attention, **read, "hidden_act": act, "rope_parameters": rope}
+        read |= {key: attention[key] for key in ("kv_n_heads", "clip_qkv") if key in attention}
+        return {"kv_n_heads": 1, **data, **read, "hidden_act": act, "rope_parameters": rope}
 
 
 class SelfAttention(nn.Module):

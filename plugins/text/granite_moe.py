@@ -96,7 +96,7 @@ def register_architectures() -> list[Architecture]:
         "residual_multiplier": 0.7,
         "logits_scaling": 6.0,
         "num_local_experts": 8,
-        "num_experts_per_tok": 3,
+        "num_experts_per_tok": 5,
     }
     variants = {
         "own_head": {"tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 4},

@@ -16,6 +16,7 @@ class MixtralConfig(TextConfig):
     max_position_embeddings: int = 131072
     rope_parameters: RopeParameters = RopeParameters(rope_theta=1e6)
     rms_norm_eps: float = 1e-5
+    rope_parameters: RopeParameters = RopeParameters(rope_theta=1e6)
     sliding_window: int | None = None
     num_experts_per_tok: int = 2
     num_local_experts: int = 8

@@ -86,5 +86,7 @@ def register_architectures() -> list[Architecture]:
             reference="transformers:PersimmonForCausalLM",
             tiny=tiny,
             variants=variants,
+            # The released class had a base of 25000; transformers 5 lost it. Published configurations name theirs.
+            expected_failures={"config_defaults": "transformers 5 has another default for rope_theta than the release"},
         )
     ]

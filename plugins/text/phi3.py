@@ -65,7 +65,9 @@ def register_architectures() -> list[Architecture]:
         "pad_token_id": 0,
     }
     longrope = {
-        "original_max_position_embeddings": 40,
+        # Beyond all that a check computes: a reference that computes a sequence whole gives its beginning long factors
+        # too, so the crossing has a test of its own, against transformers' `generate`.
+        "original_max_position_embeddings": 200,
         "rope_scaling": {
             "type": "longrope",
             "short_factor": [1.0, 1.05, 1.1, 1.3, 1.5, 2.0, 2.1, 2.4],

@@ -101,7 +101,7 @@ def register_architectures() -> list[Architecture]:
     variants = {
         "longrope": {"rope_parameters": long},
         "no_biases": {"attention_bias": False, "lm_head_bias": False},
-        "sliding": {"sliding_window": 24},
+        "sliding": {"sliding_window": 20},
     }
     return [
         Architecture(

@@ -8,14 +8,14 @@ import torch
 
 from modelport import LLM, SamplingParams
 from modelport.plugin import load_plugins
-from modelport.testing.reference import TransformersReference
+from modelport.testing.reference import ModuleReference
 
 TOKENS = 24
 
 
 class Case:
     def __init__(self, folder):
-        self.reference = TransformersReference(load_plugins().find(["BartForConditionalGeneration"]))
+        self.reference = ModuleReference(load_plugins().find(["BartForConditionalGeneration"]))
         self.folder = str(self.reference.save(folder))
         generator = torch.Generator().manual_seed(3)
         self.encoder = [torch.randint(3, 320, (n,), generator=generator).tolist() for n in (1, 5, 16, 17, 40)]

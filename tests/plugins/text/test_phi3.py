@@ -6,8 +6,11 @@ import torch
 from modelport import LLM, SamplingParams
 from modelport.plugin import load_plugins
 
-LIMIT = 40  # original_max_position_embeddings of the variants
-VARIANTS = load_plugins().find(["Phi3ForCausalLM"]).variants
+LIMIT = 40
+VARIANTS = {
+    name: {**variant, "original_max_position_embeddings": LIMIT}
+    for name, variant in load_plugins().find(["Phi3ForCausalLM"]).variants.items()
+}
 
 
 def prompts():
