@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PROMPT ?= What is the capital of France, and what is it famous for?
 BIN := .venv/bin
+# Two files at a time, each on one thread.
+FAST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadscope
 SOURCES := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc kernels/cpu/build.py)
 
 .PHONY: demo test test-all lint ledger surface clean
@@ -13,10 +15,10 @@ demo: .venv/.demo
 	@$(BIN)/modelport generate --chat --max-tokens 200 "$(PROMPT)"
 
 test: .venv/.dev
-	$(BIN)/pytest -q -m "not slow"
+	$(FAST) -m "not slow"
 
 test-all: .venv/.dev
-	$(BIN)/pytest -q
+	$(FAST)
 
 # Checks what has no result that counts, and writes docs/supported-models.md; ALL=1 checks everything again.
 ledger: .venv/.dev
