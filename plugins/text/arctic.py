@@ -98,6 +98,21 @@ def register_architectures() -> list[Architecture]:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "num_experts_per_tok": 2,
-        "parallel_attn_mlp_res": True,
+        "moe_layer_frequency": 1,
     }
-    return [Architecture("ArcticForCausalLM", Arctic, ArcticConfig, ignore=("*.rotary_emb.inv_freq",), tiny=tiny)]
+    return [
+        Architecture(
+            "ArcticForCausalLM",
+            Arctic,
+            ArcticConfig,
+            ignore=("*.rotary_emb.inv_freq",),
+            # With experts in every layer and nothing beside them it is Mixtral; recorded outputs show the rest.
+            reference="transformers:MixtralForCausalLM",
+            tiny=tiny,
+            variants={
+                "tied": {"tie_word_embeddings": True},
+                "own_kv_heads": {"num_key_value_heads": 4},
+                "windowed": {"sliding_window": 24},
+            },
+        )
+    ]

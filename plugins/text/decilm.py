@@ -4,8 +4,6 @@ DeciLM-7B varies the number of key-value heads. Nemotron-NAS lists a configurati
 layer may each be left out, with their norm, or be one linear layer; else they have sizes of their own.
 """
 
-from typing import Any
-
 from pydantic import BaseModel, model_validator
 from torch import Tensor, nn
 
@@ -53,11 +51,6 @@ class DeciLMConfig(TextConfig):
     mlp_bias: bool = False
     num_key_value_heads_per_layer: list[int] | None = None
     block_configs: list[BlockChoice] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_bias(cls, data: Any) -> Any:
-        return {"attention_bias": data["bias"], **data} if "bias" in data else data
 
     @model_validator(mode="after")
     def _one_for_each_layer(self) -> "DeciLMConfig":
@@ -150,7 +143,24 @@ def register_architectures() -> list[Architecture]:
         "intermediate_size": 112,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "num_key_value_heads_per_layer": [4, 1, 2],
+        "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    return [Architecture("DeciLMForCausalLM", DeciLM, DeciLMConfig, ignore=("*.rotary_emb.inv_freq",), tiny=tiny)]
+    return [
+        Architecture(
+            "DeciLMForCausalLM",
+            DeciLM,
+            DeciLMConfig,
+            ignore=("*.rotary_emb.inv_freq",),
+            reference="transformers:LlamaForCausalLM",  # where all layers are alike; recorded outputs show the rest
+            tiny=tiny,
+            variants={
+                "per_layer": {"num_key_value_heads_per_layer": [2, 2, 2]},
+                "blocks": {
+                    "block_configs": [{"attention": {"n_heads_in_group": 2}, "ffn": {"intermediate_size": 112}}] * 3
+                },
+                "biases": {"attention_bias": True, "mlp_bias": True},
+                "tied": {"tie_word_embeddings": True},
+            },
+        )
+    ]

@@ -43,6 +43,7 @@ class SteppedRope(Rope):
     def __init__(self, head_dim: int, parameters: RopeParameters, trained: int):
         super().__init__(head_dim, parameters)
         self.trained, self.max_len = trained, 0
+        self._last: tuple[Batch, Tensor] | None = None
 
     def build_tables(self, device: torch.device, max_len: int) -> None:
         """As `Rope.build_tables`; the `max_len` rows of each further class follow."""
@@ -65,9 +66,14 @@ class SteppedRope(Rope):
     def angles(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if not self.by_length:
             return self.cos_sin, batch.positions
+        if self._last is None or self._last[0] is not batch:  # for the first of the layers that ask
+            self._last = batch, self._rows(batch)
+        return self.cos_sin, self._last[1]
+
+    def _rows(self, batch: Batch) -> Tensor:
         row = torch.arange(len(batch.positions), dtype=torch.int32, device=batch.positions.device)
         sequence = torch.bucketize(row, batch.query_starts[1:], right=True).clamp_(max=len(batch.length_classes) - 1)
-        return self.cos_sin, batch.positions + batch.length_classes[sequence].long() * self.max_len
+        return batch.positions + batch.length_classes[sequence].long() * self.max_len
 
     def _step(self, tokens: int) -> int:
         return max(math.ceil(math.log2(max(tokens, 1) / self.trained)), 0)

@@ -7,6 +7,7 @@ from modelport.testing import conformance_tests
 GOLDENS = Path(__file__).parents[2] / "goldens"
 
 test_aquila = conformance_tests("AquilaForCausalLM")
+test_arctic = conformance_tests("ArcticForCausalLM")
 test_arctic_recorded = conformance_tests(golden=GOLDENS / "arctic")
 test_baichuan2_13b_recorded = conformance_tests(golden=GOLDENS / "baichuan2-13b")
 test_baichuan2_7b_recorded = conformance_tests(golden=GOLDENS / "baichuan2-7b")
@@ -18,6 +19,7 @@ test_chatglm3_6b_recorded = conformance_tests(golden=GOLDENS / "chatglm3-6b")
 test_cohere = conformance_tests("CohereForCausalLM")
 test_cohere2 = conformance_tests("Cohere2ForCausalLM")
 test_dbrx = conformance_tests("DbrxForCausalLM")
+test_decilm = conformance_tests("DeciLMForCausalLM")
 test_decilm_7b_recorded = conformance_tests(golden=GOLDENS / "decilm-7b")
 test_deepseek_recorded = conformance_tests(golden=GOLDENS / "deepseek-moe-16b")
 test_deepseek_v2 = conformance_tests("DeepseekV2ForCausalLM")
