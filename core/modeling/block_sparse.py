@@ -106,7 +106,9 @@ class BlockPattern:
         pieces = (block_table.long()[:, None, :, None] * self.kv_heads + kv_head) * in_block
         pieces = (pieces + torch.arange(in_block, device=device)).flatten(2)  # (seqs, kv_heads, pieces)
         pieces = nn.functional.pad(pieces, (0, seen.shape[2] * in_cell - pieces.shape[2])).unflatten(2, (-1, in_cell))
-        order = (~seen).to(torch.int8).argsort(dim=-1, stable=True)  # (parts, heads, blocks)
+        blocks = seen.shape[2]
+        most = min(blocks, self.local + -(-blocks // self.stride))  # that a query can see
+        order = (~seen).to(torch.int8).argsort(dim=-1, stable=True)[..., :most]  # (parts, heads, most)
         mine = torch.arange(self.heads, device=device) // (self.heads // self.kv_heads)
         return pieces[sequence[:, None, None], mine[:, None], order].flatten(2).flatten(0, 1)
 
