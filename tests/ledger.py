@@ -1,17 +1,19 @@
 """`make ledger`: run the conformance kit where no result counts any more, keep the results, write the page.
 
-Built-in architectures only, each against its own reference and the golden folders of its name. `--all` checks those
-with a result too; names check these alone. Exit status 1 when something failed; the results say what.
+Built-in architectures only, each against its own reference and the golden folders of its name, or of another name of
+the same. `--all` checks those with a result too; names check these alone. Exit status 1 when something failed; the
+results say what.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from modelport import ledger
 from modelport.cli.models import markdown
-from modelport.plugin import load_plugins
+from modelport.plugin import Architecture, Plugins, load_plugins
 from modelport.testing import check
 from modelport.testing.recording import record
 
@@ -35,7 +37,7 @@ def main() -> int:
         stale = [name for name in owner.provides if args.all or known.get(name) is None]
         for name in [name for name in owner.provides if name in args.names] if args.names else stale:
             architecture = plugins.architectures[name]
-            folders = goldens.get(name, [])
+            folders = goldens.get(name) or shared(architecture, plugins, goldens)
             reports = [check(name)] if architecture.reference or not folders else []
             reports += [check(name, golden=folder) for folder in folders]
             for report in reports:
@@ -49,6 +51,15 @@ def main() -> int:
     for detail, names in failed.items():
         print(f"failed: {detail} ({', '.join(names)})", file=sys.stderr)
     return 1 if failed else 0
+
+
+def shared(architecture: Architecture, plugins: Plugins, goldens: dict[str, list[Path]]) -> list[Path]:
+    """The golden folders of an architecture that is the same under another name."""
+    for name, folders in goldens.items():
+        other = plugins.architectures.get(name)
+        if other is not None and replace(other, name=architecture.name) == architecture:
+            return folders
+    return []
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from modelport.modeling.alibi import Alibi as Alibi
 from modelport.modeling.attention import Attention as Attention
 from modelport.modeling.attention import CrossAttention as CrossAttention
 from modelport.modeling.attention import EncoderAttention as EncoderAttention
+from modelport.modeling.block_sparse import BlockPattern as BlockPattern
+from modelport.modeling.block_sparse import BlockSparseAttention as BlockSparseAttention
 from modelport.modeling.cache import CacheSpec as CacheSpec
 from modelport.modeling.cache import StateSpec as StateSpec
 from modelport.modeling.decoder import CausalLM as CausalLM

@@ -15,7 +15,7 @@ from torch import Tensor
 from modelport.testing.prompts import Prompt
 from modelport.testing.reference import LOGITS_LIMIT, GoldenReference, ModuleReference
 from modelport.testing.registry import Failure, Measured, conformance_check
-from modelport.testing.subject import Subject, largest, needs
+from modelport.testing.subject import Subject, largest, magnitude, needs
 
 ROUNDING_ROOM = 1.5
 """How much farther than the reference's own bfloat16 ours may be: the order of sums differs, the number of roundings
@@ -39,7 +39,7 @@ def logits(subject: Subject) -> Measured:
     """Float32 logits of every prompt are the reference's, to 1e-4 of the largest."""
     worst, where = 0.0, ""
     for ours, theirs in zip(*_prompt_logits(subject), strict=True):
-        found = largest(ours[-len(theirs) :] - theirs) / float(theirs.abs().max())
+        found = largest(ours[-len(theirs) :] - theirs) / magnitude(theirs)
         if not found <= worst:
             apart = (ours[-len(theirs) :] - theirs).abs().amax(-1)
             row = len(ours) - len(theirs) + int(apart.argmax())
@@ -56,7 +56,7 @@ def greedy(subject: Subject) -> Measured:
     closest, distinct = float("inf"), set()
     for ours in subject.baseline:
         told = _told(subject)[ours.prompt][len(ours.prompt) - 1 :]
-        limit = 2 * LOGITS_LIMIT * float(told.abs().max())
+        limit = 2 * LOGITS_LIMIT * magnitude(told)
         for step, token in enumerate(ours.token_ids):
             best = int(told[step].argmax())
             gap = float(told[step, best] - told[step, token])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -201,6 +202,21 @@ class GoldenReference:
     @property
     def name(self) -> str:
         return f"golden:{self.folder.name}"
+
+    def under(self, name: str, target: Path) -> Path:
+        """The folder when its `config.json` names this architecture, else `target`, made a copy that does.
+
+        A model that is published under several names was recorded under one.
+        """
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        if name in (config.get("architectures") or ()):
+            return self.folder
+        target.mkdir(parents=True)
+        for file in self.folder.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+        (target / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+        return target
 
     def logits(self) -> list[Tensor]:
         """The recorded prompt logits of each case: (rows, vocab_size) float32 of the prompt's last rows."""

@@ -207,7 +207,7 @@ class Session:
         reference: ModuleReference | GoldenReference | None = self.golden
         overrides = architecture.variants[variant] if variant else {}
         if self.golden is not None:
-            files = self.golden.folder
+            files = self.golden.under(architecture.name, folder / "files")
         elif architecture.reference is not None:
             entries = {**architecture.tiny, **overrides, "architectures": [architecture.name]}
             reference = sensible_reference(

@@ -285,7 +285,7 @@ def difference(base: Continuation, other: Continuation) -> float:
 
     :raises Failure: the tokens differ where it was no tie.
     """
-    scale = float(base.logits.abs().max())
+    scale = magnitude(base.logits)
     until = len(base.token_ids)
     for step, (wanted, found) in enumerate(zip(base.token_ids, other.token_ids, strict=True)):
         if wanted != found:
@@ -305,6 +305,11 @@ def difference(base: Continuation, other: Continuation) -> float:
     chosen = torch.tensor(base.token_ids[:until], dtype=torch.int64)
     wanted = base.steps[:until].log_softmax(-1).gather(1, chosen[:, None])[:, 0]
     return largest(other.logprobs[:until] - wanted) / scale
+
+
+def magnitude(logits: Tensor) -> float:
+    """The largest logit; the lowest float32, which marks entries that are never chosen, says nothing of rounding."""
+    return largest(logits[logits != torch.finfo(torch.float32).min])
 
 
 def largest(x: Tensor) -> float:

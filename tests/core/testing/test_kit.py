@@ -171,6 +171,13 @@ def test_a_golden_folder_is_its_own_reference(tmp_path: Path) -> None:
     assert "token 30 is" in outcome.detail
 
 
+def test_a_golden_folder_serves_another_name() -> None:
+    """What is recorded of Xverse is what a Llama of the same weights gives; the name asked for is what runs."""
+    recorded = {"golden": GOLDENS / "xverse-7b", "only": "logits"}
+    assert check("LlamaForCausalLM", **recorded)["logits"].status == "passed"
+    assert check(with_block(faulty.Skipping), **recorded)["logits"].status == "failed"
+
+
 def test_wrong_names_are_refused_with_near_ones(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="LlamaForCausalLM"):
         check("LlamaForCausalLm")
