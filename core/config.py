@@ -162,8 +162,8 @@ class EngineConfig(BaseModel):
     quantization: str | None = Field(None, description="how to quantise weights at load, such as int8")
     tensor_parallel_size: int = Field(1, gt=0, description="places that divide every layer")
     pipeline_parallel_size: int = Field(1, gt=0, description="stages that divide the layers among them")
-    distributed_executor_backend: Literal["inproc"] | None = Field(
-        None, description="what runs the places of a divided model: inproc, threads that take turns"
+    distributed_executor_backend: Literal["mp", "inproc"] = Field(
+        "mp", description="what runs a divided model: mp, processes; inproc, threads that take turns, for tests"
     )
     seed: int = Field(0, description="seed of requests that bring none")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt plus output, in tokens")

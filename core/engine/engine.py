@@ -29,6 +29,7 @@ requests wait little for somebody's prompt."""
 class Engine:
     """A loaded model with its cache and scheduler.
 
+    :ivar is_remote: whether the model lies in other processes.
     :raises ValueError: settings that contradict each other or do not fit the machine.
     """
 
@@ -47,6 +48,7 @@ class Engine:
             )
         wanted = settings.max_model_len or limit
         limits = Limits(wanted, seqs, chunk)
+        self.is_remote = False
         if settings.num_places == 1:
             self.model = build(about, plugins, settings, wanted, progress)
             memory = attach_memory(self.model, settings, about.dtype, about.device, limits)
@@ -65,6 +67,7 @@ class Engine:
         else:
             self.runner = start_executor(about, plugins, settings, limits, progress)
             self.model, memory, rope = self.runner.model, self.runner.memory, self.runner.rope
+            self.is_remote = self.runner.is_remote
         self.max_model_len = memory.max_model_len
         self.cache = Cache(memory.groups, settings.block_size, settings.enable_prefix_caching and memory.shareable)
         self.scheduler = Scheduler(self.cache, memory.num_rows, chunk, rope.length_class if rope else None)

@@ -67,7 +67,7 @@ class Runner:
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
         columns = -(-max_model_len // block_size)
-        self._groups, self._by_length = groups, by_length
+        self._groups, self.by_length = groups, by_length
         self._blocks = [np.zeros((num_slots, columns), dtype=np.int32) for _ in groups]
         self._num_blocks = np.zeros((len(groups), num_slots), dtype=np.int32)
         self._encoder_lens = np.zeros(num_slots, dtype=np.int32)
@@ -166,7 +166,7 @@ class Runner:
             ),
             state_slots=self._tensor(slots),
             max_query_len=max_query_len,
-            length_classes=self._length_classes(plan) if self._by_length else None,
+            length_classes=self._length_classes(plan) if self.by_length else None,
             encoded=self._encode(plan, rows, slots) if crosses else None,
         )
         return self._tensor(self._token_ids[rows, positions].astype(np.int64)), batch

@@ -19,6 +19,7 @@ from modelport.engine.scheduler import Plan
 from modelport.loading.model import Description
 from modelport.modeling.rope import Rope
 from modelport.parallel.groups import BrokenLink, Place, ThreadHub
+from modelport.parallel.multiprocess import ProcessExecutor
 from modelport.parallel.place_runner import Loaded, load_place
 from modelport.parallel.tensor import Note
 from modelport.plugin import Plugins
@@ -32,11 +33,13 @@ class Executor(Protocol):
     :ivar model: a part of the model, or all of it without weights; it tells what the whole can do.
     :ivar memory: what every place has: the same numbers of blocks and rows.
     :ivar rope: the one that sorts sequences by length, if there is one.
+    :ivar is_remote: whether requests go to other processes, which functions cannot.
     """
 
     model: nn.Module
     memory: Memory
     rope: Rope | None
+    is_remote: bool
 
     def step(self, plan: Plan) -> StepResult:
         """As `Runner.step`."""
@@ -53,6 +56,8 @@ class ThreadExecutor:
 
     :raises ValueError: as `load_place`.
     """
+
+    is_remote = False
 
     def __init__(
         self, about: Description, plugins: Plugins, settings: EngineConfig, limits: Limits, progress: bool = False
@@ -116,7 +121,8 @@ def start_executor(
 
     :raises ValueError: the model cannot be divided so.
     """
-    executor = ThreadExecutor(about, plugins, settings, limits, progress)
+    kind = ThreadExecutor if settings.distributed_executor_backend == "inproc" else ProcessExecutor
+    executor = kind(about, plugins, settings, limits, progress)
     for note in executor.describe():
         logger.log(logging.DEBUG if note.divided else logging.INFO, "%s", note)
     return executor
