@@ -1,8 +1,8 @@
 """What of a checkpoint's tensor one place keeps, when several divide a layer.
 
 Decisions: whoever divides a module leaves `module.cuts`, a `Cut` for each parameter of which only a part is here; the
-loader reads it and copies that part alone, so that of a file mapped into memory no other page is touched. Dimensions
-are counted from the end, since a part of a stacked layer lacks the first ones.
+loader reads it and copies that part alone; of a file mapped into memory it touches no other. Dimensions are counted
+from the end, since a part of a stacked layer lacks the first ones.
 """
 
 from collections.abc import Iterator
