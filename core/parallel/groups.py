@@ -114,7 +114,11 @@ class ThreadHub:
         return ThreadLinks(self, rank)
 
     def enter(self) -> None:
+        """:raises BrokenLink: a place has failed before, and the others are in the middle of something."""
         self._turn.acquire()
+        if self.broken:
+            self._turn.release()
+            raise BrokenLink("another place of the model has failed; make a new engine")
 
     def leave(self, failed: bool) -> None:
         self.broken |= failed

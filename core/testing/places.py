@@ -13,7 +13,7 @@ from modelport.testing.subject import Subject, difference
 CHUNK = 24  # tokens of a step, so that most prompts are cut
 
 
-def _divided(subject: Subject, tensor: int = 1, pipeline: int = 1) -> Measured:
+def divided(subject: Subject, tensor: int = 1, pipeline: int = 1) -> Measured:
     """The largest difference between one place and so many."""
     settings = {
         "tensor_parallel_size": tensor,
@@ -44,13 +44,13 @@ def _divided(subject: Subject, tensor: int = 1, pipeline: int = 1) -> Measured:
 @conformance_check(every_variant=True)
 def tensor_parallel(subject: Subject) -> Measured:
     """Two places that share every layer compute what one does."""
-    return _divided(subject, tensor=2)
+    return divided(subject, tensor=2)
 
 
 @conformance_check()
 def pipeline_parallel(subject: Subject) -> Measured:
     """Two places that divide the layers compute what one does."""
-    return _divided(subject, pipeline=2)
+    return divided(subject, pipeline=2)
 
 
 @conformance_check()
