@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modelport.loading.cut import Cut, Piece
 from modelport.modeling.attention import Attention, CrossAttention, EncoderAttention
+from modelport.modeling.block_sparse import BlockSparseAttention
 from modelport.modeling.latent import LatentAttention
 from modelport.modeling.linear import ColumnLinear, Linear, MergedLinear, QKVLinear, RowLinear
 from modelport.modeling.moe import Experts
@@ -25,7 +26,7 @@ from modelport.modeling.norm import LayerNorm, RMSNorm
 from modelport.modeling.ssm import Mamba2Mixer, MambaMixer
 from modelport.parallel.groups import Place
 
-ATTENTION = Attention | CrossAttention | EncoderAttention
+ATTENTION = Attention | BlockSparseAttention | CrossAttention | EncoderAttention
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,9 @@ def _narrow(attention: nn.Module, q: Piece, k: Piece) -> None:
     if isinstance(attention, EncoderAttention):
         return
     attention.cache_spec = replace(attention.cache_spec, num_kv_heads=k.size)
+    if isinstance(attention, BlockSparseAttention):  # its layers share the pattern, and all have the same heads
+        pattern = attention.pattern
+        pattern.heads, pattern.kv_heads, pattern.first_head = q.size, k.size, q.start
     if isinstance(attention, Attention):
         _cut(attention, "sinks", -1, q)
         if attention.alibi is not None:
