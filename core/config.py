@@ -160,6 +160,11 @@ class EngineConfig(BaseModel):
     device: str = Field("auto", description="cpu, cuda, or auto")
     load_format: Literal["auto", "safetensors", "gguf", "pt", "dummy"] = Field("auto", description="checkpoint format")
     quantization: str | None = Field(None, description="how to quantise weights at load, such as int8")
+    tensor_parallel_size: int = Field(1, gt=0, description="places that divide every layer")
+    pipeline_parallel_size: int = Field(1, gt=0, description="stages that divide the layers among them")
+    distributed_executor_backend: Literal["mp", "inproc"] = Field(
+        "mp", description="what runs a divided model: mp, processes; inproc, threads that take turns, for tests"
+    )
     seed: int = Field(0, description="seed of requests that bring none")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt plus output, in tokens")
     max_num_seqs: int | None = Field(None, gt=0, description="most requests in one step; 256 or fewer when not given")
@@ -170,3 +175,8 @@ class EngineConfig(BaseModel):
     enable_prefix_caching: bool = Field(True, description="share cache blocks between equal prompt beginnings")
     plugins: tuple[str, ...] = Field((), description="dotted names of plugin modules to load besides installed ones")
     blocked_plugins: tuple[str, ...] = Field((), description="names of plugins not to load")
+
+    @property
+    def num_places(self) -> int:
+        """How many divide the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size

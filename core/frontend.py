@@ -151,6 +151,11 @@ class Frontend:
         else:
             text, ids = self._reader.read(prompt)
         params.validate_vocab(self.config.vocab_size)
+        if params.logits_processors and self.engine.is_remote:
+            raise ValueError(
+                "logits_processors are functions, which worker processes are not sent; leave them out, or use "
+                'distributed_executor_backend="inproc"'
+            )
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop strings and bad_words need a tokenizer; use stop_token_ids, or load one")
         request_id = str(next(self._ids)) if request_id is None else request_id

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "smollm2"
 _NO_FLAG = {"model", "plugins", "blocked_plugins", "skip_tokenizer_init"}  # own flags, or no use without text
+_SHORT = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",)}
 _SAMPLING: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "most tokens to write"),
     "temperature": (float, "0 takes the likeliest token, more is more varied"),
@@ -73,8 +74,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, field in fields.items():
         if name not in _NO_FLAG:
-            flag = "--" + name.replace("_", "-")
-            group.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=_help(field), **_kind(field.annotation))
+            flags = (*_SHORT.get(name, ()), "--" + name.replace("_", "-"))
+            kind = _kind(field.annotation)
+            group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=_help(field), **kind)
     add_plugin_flags(group)
 
 

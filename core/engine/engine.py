@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 from modelport.config import EngineConfig
 from modelport.engine.cache import Cache
-from modelport.engine.memory import attach_memory
+from modelport.engine.memory import Limits, attach_memory
 from modelport.engine.runner import Runner, StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan, Scheduler
 from modelport.loading.model import Description, build
 from modelport.modeling.rope import find_by_length
+from modelport.parallel.executor import start_executor
 from modelport.plugin import Plugins
 from modelport.request import Logprob, Request
 
@@ -28,6 +29,7 @@ requests wait little for somebody's prompt."""
 class Engine:
     """A loaded model with its cache and scheduler.
 
+    :ivar is_remote: whether the model lies in other processes.
     :raises ValueError: settings that contradict each other or do not fit the machine.
     """
 
@@ -45,23 +47,30 @@ class Engine:
                 " raise the first or lower the second"
             )
         wanted = settings.max_model_len or limit
-        self.model = build(about, plugins, settings, wanted, progress)
-        memory = attach_memory(self.model, settings, about.dtype, about.device, wanted, seqs, chunk)
+        limits = Limits(wanted, seqs, chunk)
+        self.is_remote = False
+        if settings.num_places == 1:
+            self.model = build(about, plugins, settings, wanted, progress)
+            memory = attach_memory(self.model, settings, about.dtype, about.device, limits)
+            rope = find_by_length(self.model)
+            self.runner = Runner(
+                self.model,
+                about.config.vocab_size,
+                memory.num_rows,
+                memory.max_model_len,
+                settings.block_size,
+                memory.groups,
+                memory.states,
+                about.device,
+                by_length=rope is not None,
+            )
+        else:
+            self.runner = start_executor(about, plugins, settings, limits, progress)
+            self.model, memory, rope = self.runner.model, self.runner.memory, self.runner.rope
+            self.is_remote = self.runner.is_remote
         self.max_model_len = memory.max_model_len
         self.cache = Cache(memory.groups, settings.block_size, settings.enable_prefix_caching and memory.shareable)
-        rope = find_by_length(self.model)
         self.scheduler = Scheduler(self.cache, memory.num_rows, chunk, rope.length_class if rope else None)
-        self.runner = Runner(
-            self.model,
-            about.config.vocab_size,
-            memory.num_rows,
-            self.max_model_len,
-            settings.block_size,
-            memory.groups,
-            memory.states,
-            about.device,
-            by_length=rope is not None,
-        )
         self.token_text: Callable[[int], str] | None = None  # text of one token, for log-probabilities
 
     @property

@@ -16,6 +16,7 @@ from torch import nn
 from modelport.config import EngineConfig
 from modelport.engine.cache import BlockPool, Group, most_blocks
 from modelport.modeling.cache import CacheSpec, StateSpec
+from modelport.parallel.groups import Place
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,27 @@ def cache_budget(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What an engine wants room for.
+
+    :ivar max_model_len: tokens of one request; less is given when the cache has no room for it and the user named no
+        length.
+    :ivar num_rows: running requests; fewer are given when their states take half the memory and the user named none.
+    :ivar chunk: most tokens that a request computes in one step.
+    """
+
+    max_model_len: int
+    num_rows: int
+    chunk: int
+
+
+def cache_kinds(model: nn.Module) -> list[tuple[int, bool]]:
+    """(window, cross) of each group of layers that forget alike, in the order in which layers have them."""
+    specs = (getattr(module, "cache_spec", None) for module in model.modules())
+    return list(dict.fromkeys((spec.window, spec.cross) for spec in specs if isinstance(spec, CacheSpec)))
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a model got.
 
@@ -79,26 +101,30 @@ def attach_memory(
     settings: EngineConfig,
     dtype: torch.dtype,
     device: torch.device,
-    max_model_len: int,
-    num_rows: int,
-    chunk: int,
+    limits: Limits,
+    kinds: list[tuple[int, bool]] | None = None,
+    place: Place | None = None,
 ) -> Memory:
     """Allocate and attach what the layers of `model` declare.
 
-    :param max_model_len: wanted; less is given when the cache has no room for it and the user named no length.
-    :param num_rows: wanted; fewer are given when their states take half the memory and the user named no number.
-    :param chunk: most tokens that a request computes in one step.
+    :param kinds: `cache_kinds` of the whole model, when this is a part of it.
+    :param place: whose part; all places get what the one with least room has room for.
     :raises ValueError: the user named a length that does not fit.
     """
+    max_model_len, num_rows, chunk = limits.max_model_len, limits.num_rows, limits.chunk
+    kinds = cache_kinds(model) if kinds is None else kinds
     layers = [module for module in model.modules() if hasattr(module, "cache_spec")]
     paged = [layer for layer in layers if isinstance(layer.cache_spec, CacheSpec)]
     recurrent = [layer for layer in layers if isinstance(layer.cache_spec, StateSpec)]
     budget = settings.kv_cache_memory_bytes or cache_budget(device)
+    if place is not None and device.type == "cpu" and settings.kv_cache_memory_bytes is None:
+        budget //= place.tp_size * place.pp_size  # they share the machine's memory
     row = sum(layer.cache_spec.bytes_per_row(dtype) for layer in recurrent)
     if row and settings.max_num_seqs is None:
         num_rows = max(1, min(num_rows, budget // 2 // row))
+    if place is not None:
+        num_rows = place.least(num_rows)
     size = settings.block_size
-    kinds = list(dict.fromkeys((layer.cache_spec.window, layer.cache_spec.cross) for layer in paged))
     bytes_of = [
         sum(s.bytes_per_block(size, dtype) for s in (p.cache_spec for p in paged) if (s.window, s.cross) == kind)
         for kind in kinds
@@ -109,6 +135,8 @@ def attach_memory(
         blocks = settings.num_kv_blocks
     else:
         blocks = _blocks_within(max(0, budget - num_rows * row), bytes_of, limits)
+    if place is not None:
+        blocks = place.least(blocks)
     counts = [max(1, min(blocks, limit)) for limit in limits]
     if any(count < least for count, least in zip(counts, per_row, strict=True)):  # else the whole length fits
         max_model_len = _fitting_length(blocks * size, max_model_len, settings)
@@ -125,7 +153,9 @@ def attach_memory(
         mine = [zeros((num_rows, *s), d or dtype, device) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
         layer.attach(*mine)
         states.extend(mine)
-    shareable = bool(paged) and not recurrent and not any(cross for _, cross in kinds)
+    shareable = bool(kinds) and not recurrent and not any(cross for _, cross in kinds)
+    if place is not None:
+        shareable = bool(place.least(shareable))
     return Memory(groups, num_rows, max_model_len, shareable, states)
 
 

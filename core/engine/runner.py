@@ -4,6 +4,7 @@ Decisions: the runner keeps the tokens and blocks of running requests in tables,
 array arithmetic over the rows it uses and copies nothing that has not changed. It knows no queue and no text.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -58,6 +59,7 @@ class Runner:
         by_length: bool = False,
     ):
         self.model, self.device, self.block_size = model, device, block_size
+        self._forward = functools.partial(forward, model)  # a part of a model has another way
         self.sampler = Sampler(vocab_size, num_slots, device)
         recorded = device.type == "cpu" and cpu.lib is not None
         self.recorder = Recorder(self._decode, states) if recorded else None
@@ -65,7 +67,7 @@ class Runner:
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
         columns = -(-max_model_len // block_size)
-        self._groups, self._by_length = groups, by_length
+        self._groups, self.by_length = groups, by_length
         self._blocks = [np.zeros((num_slots, columns), dtype=np.int32) for _ in groups]
         self._num_blocks = np.zeros((len(groups), num_slots), dtype=np.int32)
         self._encoder_lens = np.zeros(num_slots, dtype=np.int32)
@@ -78,13 +80,7 @@ class Runner:
             self.sampler.remove(slot)
         for request in plan.joined:
             self._join(request)
-        slots = np.fromiter((r.slot for r in plan.requests), np.int32, len(plan.requests))
-        computed = np.fromiter((r.num_computed for r in plan.requests), np.int32, len(plan.requests))
-        lengths = np.fromiter((len(r.token_ids) for r in plan.requests), np.int32, len(plan.requests))
-        counts = np.asarray(plan.counts, dtype=np.int32)
-        for request in plan.requests:
-            self._note_blocks(request)
-
+        slots, computed, lengths, counts = self._rows(plan)
         token_ids, batch = self._batch(plan, slots, computed, counts)
         result = StepResult([-1] * len(slots))
         done = np.flatnonzero(computed + counts == lengths)
@@ -93,7 +89,7 @@ class Runner:
         if self.recorder is not None and len(done) == len(token_ids) and not plan.joined and not scored:
             logits = self.recorder.run(token_ids, batch)
         if logits is None:
-            state = forward(self.model, token_ids, batch)
+            state = self._forward(token_ids, batch)
             ends = np.cumsum(counts)
             for index, request in scored.items():
                 result.prompt_logprobs[index] = self._score(request, state, ends[index] - counts[index], counts[index])
@@ -108,11 +104,25 @@ class Runner:
         """Logits of every row."""
         return self.model.lm_head(self.model.finish(forward(self.model, token_ids, batch)))
 
-    def _join(self, request: Request) -> None:
+    def _rows(self, plan: Plan) -> tuple[np.ndarray, ...]:
+        """Of each request (seqs,) int32: slot, computed tokens, known tokens, tokens of this step."""
+        slots = np.fromiter((r.slot for r in plan.requests), np.int32, len(plan.requests))
+        computed = np.fromiter((r.num_computed for r in plan.requests), np.int32, len(plan.requests))
+        lengths = np.fromiter((len(r.token_ids) for r in plan.requests), np.int32, len(plan.requests))
+        for request in plan.requests:
+            self._note_blocks(request)
+        return slots, computed, lengths, np.asarray(plan.counts, dtype=np.int32)
+
+    def _seat(self, request: Request) -> None:
+        """Give a request its row in the tables."""
         slot = request.slot
         self._token_ids[slot, : len(request.token_ids)] = request.token_ids
         self._num_blocks[:, slot] = 0
         self._encoder_lens[slot] = len(request.encoder_token_ids)
+
+    def _join(self, request: Request) -> None:
+        self._seat(request)
+        slot = request.slot
         self._outputs[slot] = request.output_token_ids
         self.sampler.add(
             slot,
@@ -156,7 +166,7 @@ class Runner:
             ),
             state_slots=self._tensor(slots),
             max_query_len=max_query_len,
-            length_classes=self._length_classes(plan) if self._by_length else None,
+            length_classes=self._length_classes(plan) if self.by_length else None,
             encoded=self._encode(plan, rows, slots) if crosses else None,
         )
         return self._tensor(self._token_ids[rows, positions].astype(np.int64)), batch

@@ -1,11 +1,13 @@
 """Fill a model that was built on the meta device, one checkpoint tensor at a time, and prove that nothing is missing.
 
 Decisions: memory for a parameter is taken when its first tensor arrives, and a module is packed as soon as it is full,
-so the peak stays near the weights themselves; every checkpoint tensor is used exactly once or refused by name.
+so the peak stays near the weights themselves; every checkpoint tensor is used exactly once or refused by name. Of a
+layer that several places divide only this place's part is read (`cut.py`).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,6 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from modelport.loading.cut import Cut, cut_of
 from modelport.modeling.embedding import LMHead
 from modelport.plugin import Architecture
 
@@ -31,7 +34,13 @@ class _Target:
     start: int
     rows: int
     shape: tuple[int, ...]
-    whole: bool  # all of the parameter, also where parts could fill it
+    part: int | None  # None is all of the parameter, also where parts could fill it
+    cut: Cut | None  # when only a piece of the tensor is kept
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's tensor."""
+        return self.shape if self.cut is None else self.cut.full(self.shape, self.part)
 
 
 def load_weights(
@@ -41,9 +50,11 @@ def load_weights(
     config: BaseModel,
     dtype: torch.dtype,
     device: torch.device,
+    elsewhere: Set[str] = frozenset(),
 ) -> None:
     """Copy every tensor of `weights` into `model` (which lies on the meta device) as `dtype` on `device`, and pack.
 
+    :param elsewhere: names of tensors that other places take.
     :raises WeightsError: a tensor is missing, superfluous, given twice, of another shape, or holds NaN or infinity.
     """
     stream = _renamed(weights, architecture)
@@ -59,7 +70,8 @@ def load_weights(
             raise WeightsError(f"the checkpoint holds tensor {name!r} twice")
         seen.add(name)
         if target is None:
-            if name not in optional and not any(fnmatchcase(name, pattern) for pattern in architecture.ignore):
+            known = name in optional or name in elsewhere
+            if not known and not any(fnmatchcase(name, pattern) for pattern in architecture.ignore):
                 surplus.append(name)
             continue
         key = (target.path, target.parameter)
@@ -74,14 +86,28 @@ def load_weights(
 
 
 def fill_random(model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-    """Give every parameter small random values: `load_format="dummy"`, for timing a shape without its weights."""
-    generator = torch.Generator(device).manual_seed(seed)
-    for module in list(model.modules()):
+    """Give every parameter small random values: `load_format="dummy"`, for timing a shape without its weights.
+
+    They follow from the parameter's name, so that places which divide the model agree on it.
+    """
+    generator = torch.Generator(device)
+    for path, module in list(model.named_modules()):
         for name, parameter in list(_own(module)):
-            values = torch.empty(parameter.shape, dtype=_type(module, name, dtype), device=device)
-            values.normal_(0.0, 0.02, generator=generator)
+            generator.manual_seed(seed ^ zlib.crc32(f"{path}.{name}".encode()))
+            cut, kind = cut_of(module, name), _type(module, name, dtype)
+            shape = tuple(parameter.shape) if cut is None else cut.full(tuple(parameter.shape), None)
+            values = torch.empty(shape, dtype=kind, device=device).normal_(0.0, 0.02, generator=generator)
+            if cut is not None:
+                whole, values = values, torch.empty(parameter.shape, dtype=kind, device=device)
+                for here, there in cut.views(values, whole):
+                    here.copy_(there)
             module._parameters[name] = nn.Parameter(values, requires_grad=False)
         _pack(module)
+
+
+def tensor_names(model: nn.Module) -> set[str]:
+    """Every name under which a tensor of the checkpoint fills something in `model`."""
+    return set(_targets(model)) | _tied_names(model)
 
 
 def _renamed(weights: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -109,14 +135,15 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
         parent = path.rpartition(".")[0]
         for name, parameter in _own(module):
             shape, dims = tuple(parameter.shape), _row_dims(module)
-            whole = _Target(module, path, name, 0, math.prod(shape[:dims]), shape, whole=True)
+            cut = cut_of(module, name)
+            whole = _Target(module, path, name, 0, math.prod(shape[:dims]), shape, None, cut)
             found[_join(path, name)] = whole
             if dims > 1:
                 found[path if name == "weight" else f"{path}_{name}"] = whole
             start = 0
-            for part, rows in getattr(module, "parts", ()):
-                found[_join(parent, part, name)] = _Target(
-                    module, path, name, start, rows, (rows, *shape[dims:]), whole=False
+            for part, (part_name, rows) in enumerate(getattr(module, "parts", ())):
+                found[_join(parent, part_name, name)] = _Target(
+                    module, path, name, start, rows, (rows, *shape[dims:]), part, cut
                 )
                 start += rows
     return found
@@ -145,9 +172,9 @@ def _rows_to_fill(model: nn.Module) -> dict[tuple[str, str], int]:
 
 
 def _copy(target: _Target, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    if tuple(tensor.shape) != target.shape:
+    if tuple(tensor.shape) != target.full_shape:
         raise WeightsError(
-            f"tensor {name!r} has shape {tuple(tensor.shape)}, the model wants {target.shape}; "
+            f"tensor {name!r} has shape {tuple(tensor.shape)}, the model wants {target.full_shape}; "
             "does config.json belong to these weights?"
         )
     parameter = target.module._parameters[target.parameter]
@@ -156,7 +183,11 @@ def _copy(target: _Target, name: str, tensor: Tensor, dtype: torch.dtype, device
         target.module._parameters[target.parameter] = parameter
     rows = parameter.data.view(-1, *parameter.shape[_row_dims(target.module) :])
     rows = rows[target.start : target.start + target.rows].view(target.shape)
-    rows.copy_(tensor)
+    if target.cut is None:
+        rows.copy_(tensor)
+    else:
+        for here, there in target.cut.views(rows, tensor, target.part):
+            here.copy_(there)
     if not torch.isfinite(rows.sum(dtype=torch.float32)):  # one pass; a finite sum means that every element is
         bad = int((~torch.isfinite(rows)).sum())
         if bad:
@@ -185,7 +216,7 @@ def _refuse(
             # of a fused layer, name the parts that lack (or all of them when nothing came)
             if (t.path, t.parameter) in unfilled
             and name not in seen
-            and not (t.whole and getattr(t.module, "parts", ()))
+            and not (t.part is None and getattr(t.module, "parts", ()))
         ]
         problems.append(f"missing: {_some(missing)}")
     if surplus:

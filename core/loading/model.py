@@ -1,5 +1,6 @@
 """Build an engine's model: architecture and configuration, empty model, plugins' transformations, weights, tables."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from modelport.config import EngineConfig, TextConfig
 from modelport.loading.checkpoint import open_weights
-from modelport.loading.loader import WeightsError, fill_random, load_weights
+from modelport.loading.loader import WeightsError, fill_random, load_weights, tensor_names
 from modelport.modeling.embedding import Embedding, LMHead
 from modelport.modeling.linear import Linear
 from modelport.modeling.moe import ExpertLinear
@@ -63,22 +64,41 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def build(about: Description, plugins: Plugins, engine: EngineConfig, max_model_len: int, progress: bool) -> nn.Module:
-    """The model with its weights and tables, ready for a cache.
-
-    :raises WeightsError: the checkpoint's tensors do not fit (see `load_weights`).
-    """
+def build_empty(about: Description, plugins: Plugins, engine: EngineConfig) -> nn.Module:
+    """The model on the meta device, where it takes no memory, as plugins have transformed it."""
     with torch.device("meta"):
         model = about.architecture.model_class()(about.config)
         info = ModelInfo(about.architecture, about.config, engine, about.checkpoint)
         plugins.hook.transform_model(model=model, info=info)
+    return model
+
+
+def build(
+    about: Description,
+    plugins: Plugins,
+    engine: EngineConfig,
+    max_model_len: int,
+    progress: bool,
+    divide: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """The model with its weights and tables, ready for a cache.
+
+    :param divide: takes away what other places hold, before anything is read.
+    :raises WeightsError: the checkpoint's tensors do not fit (see `load_weights`).
+    """
+    model = build_empty(about, plugins, engine)
+    elsewhere: set[str] = set()
+    if divide is not None:
+        elsewhere = tensor_names(model)
+        divide(model)
     if engine.quantization is not None:
         _quantise(model, engine.quantization, plugins)
     if engine.load_format == "dummy":
         fill_random(model, about.dtype, about.device, engine.seed)
     else:
         weights = open_weights(about.checkpoint, about.raw_config, plugins)
-        load_weights(model, _shown(weights, progress), about.architecture, about.config, about.dtype, about.device)
+        weights = _shown(weights, progress)
+        load_weights(model, weights, about.architecture, about.config, about.dtype, about.device, elsewhere)
     for module in model.modules():
         build_tables = getattr(module, "build_tables", None)
         if build_tables is not None:

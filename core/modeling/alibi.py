@@ -13,7 +13,8 @@ class Alibi(nn.Module):
 
     :param max_bias: exponent of the last slope; MPT's `alibi_bias_max`.
     :param scale: factor on slopes; Falcon scales biases together with scores, so it gives 1 / sqrt(head_dim).
-    :ivar slopes: (num_heads,) float32, once the core has built it.
+    :ivar heads: those whose slopes are wanted, when several places divide them; all until the core says otherwise.
+    :ivar slopes: (num_heads,) float32 (or as many as `heads`), once the core has built it.
     :raises ValueError: no heads.
     """
 
@@ -22,6 +23,7 @@ class Alibi(nn.Module):
         if num_heads < 1:
             raise ValueError(f"ALiBi needs at least one head, got num_heads={num_heads}; check config.json")
         self.num_heads, self.max_bias, self.scale = num_heads, max_bias, scale
+        self.heads = slice(None)
         self.slopes: Tensor | None = None
 
     def build_tables(self, device: torch.device, max_len: int) -> None:
@@ -29,7 +31,8 @@ class Alibi(nn.Module):
         whole = 1 << (self.num_heads.bit_length() - 1)  # largest power of two that is not larger
         steps = [(i + 1) / whole for i in range(whole)]
         steps += [(i + 0.5) / whole for i in range(self.num_heads - whole)]
-        self.slopes = torch.tensor([self.scale * 2.0 ** (-self.max_bias * step) for step in steps], device=device)
+        slopes = [self.scale * 2.0 ** (-self.max_bias * step) for step in steps]
+        self.slopes = torch.tensor(slopes[self.heads], device=device)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, max_bias={self.max_bias}, scale={self.scale}"

@@ -39,6 +39,7 @@ class BlockPattern:
     A query in block `b` sees, of the keys up to itself, the blocks after `b - local_blocks`, and each block `k` for
     which `k + 1 + shift * head` is a multiple of `stride`.
 
+    :ivar first_head: number of the first of `heads` in the whole model, when several places divide them.
     :param block_size: positions in a block of the pattern; the cache's blocks may have any size.
     :raises ValueError: a size, a number of blocks or a stride below 1.
     """
@@ -51,7 +52,7 @@ class BlockPattern:
                 f"block_size={block_size}, local_blocks={local_blocks} and stride={stride} of a sparse pattern must be "
                 "at least 1; check config.json"
             )
-        self.heads, self.kv_heads = num_heads, num_kv_heads
+        self.heads, self.kv_heads, self.first_head = num_heads, num_kv_heads, 0
         self.size, self.local, self.stride, self.shift = block_size, local_blocks, stride, shift
         self._last: tuple[Batch, int, int, _Layout] | None = None
 
@@ -92,7 +93,7 @@ class BlockPattern:
     def _seen(self, block: Tensor, keys: int) -> Tensor:
         """block: (parts,) of the queries -> (parts, heads, blocks) bool; `keys` is how many the table has room for."""
         other = torch.arange(-(-keys // self.size), device=block.device)
-        offsets = self.shift * torch.arange(self.heads, device=block.device)
+        offsets = self.shift * (self.first_head + torch.arange(self.heads, device=block.device))
         strided = (other + 1 + offsets[:, None]) % self.stride == 0  # (heads, blocks)
         back = block[:, None] - other  # (parts, blocks)
         return (back >= 0)[:, None] & ((back < self.local)[:, None] | strided)

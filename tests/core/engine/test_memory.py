@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modelport.config import EngineConfig
-from modelport.engine.memory import attach_memory
+from modelport.engine.memory import Limits, attach_memory
 from modelport.modeling import CacheSpec, StateSpec
 
 
@@ -21,7 +21,7 @@ class Layer(nn.Module):
 def memory(specs, length=1024, rows=8, chunk=32, **settings):
     model = nn.ModuleList(Layer(s) for s in specs)
     engine = EngineConfig(model="m", **settings)
-    found = attach_memory(model, engine, torch.bfloat16, torch.device("cpu"), length, rows, chunk)
+    found = attach_memory(model, engine, torch.bfloat16, torch.device("cpu"), Limits(length, rows, chunk))
     return found, [layer.given for layer in model]
 
 

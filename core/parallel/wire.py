@@ -1,0 +1,128 @@
+"""What goes between an engine and the processes that run its steps: JSON records, never pickles.
+
+Decisions: the engine tells what is new, tokens, blocks and who came and went; a worker keeps requests of its own up to
+date with it and runs its runner over them, so a `Runner` does not know where its plan comes from. A step of 256 running
+requests is a few kilobytes.
+"""
+
+import json
+from dataclasses import asdict, fields
+from typing import Any
+
+from modelport.engine.runner import StepResult
+from modelport.engine.sampler import TokenLogprobs
+from modelport.engine.scheduler import Plan
+from modelport.request import Request
+from modelport.sampling_params import SamplingParams
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode()
+
+
+def decode(message: bytes) -> dict[str, Any]:
+    return json.loads(message)
+
+
+class PlanWriter:
+    """The engine's side: plans as messages; it remembers how many blocks of each slot it has told."""
+
+    def __init__(self) -> None:
+        self._told: dict[int, list[int]] = {}
+
+    def write(self, plan: Plan) -> dict[str, Any]:
+        for request in plan.joined:
+            self._told[request.slot] = [0] * len(request.blocks)
+        rows = []
+        for request, count in zip(plan.requests, plan.counts, strict=True):
+            told = self._told[request.slot]
+            new = [blocks[known:] for blocks, known in zip(request.blocks, told, strict=True)]
+            self._told[request.slot] = [len(blocks) for blocks in request.blocks]
+            rows.append([
+                request.slot, request.num_computed, count, len(request.token_ids), request.token_ids[-1],
+                request.length_class, request.wants_prompt_logprobs, new if any(new) else 0,
+            ])  # fmt: skip
+        return {"left": plan.left, "joined": [_request(r) for r in plan.joined], "rows": rows}
+
+
+def _request(request: Request) -> dict[str, Any]:
+    params = {field.name: getattr(request.params, field.name) for field in fields(SamplingParams)}
+    assert not params.pop("logits_processors")
+    return {
+        "id": request.request_id,
+        "slot": request.slot,
+        "token_ids": request.token_ids,
+        "num_prompt_tokens": request.num_prompt_tokens,
+        "params": params | {"logit_bias": list((params["logit_bias"] or {}).items())},
+        "seed": request.seed,
+        "eos": request.eos_token_ids,
+        "bad_words": request.bad_words_ids,
+        "forced": list(request.forced_token_ids.items()),
+        "encoder_token_ids": request.encoder_token_ids,
+        "groups": len(request.blocks),
+    }
+
+
+class PlanReader:
+    """A worker's side: its requests by slot, and plans over them."""
+
+    def __init__(self) -> None:
+        self._requests: dict[int, Request] = {}
+
+    def read(self, message: dict[str, Any]) -> Plan:
+        joined = [self._made(record) for record in message["joined"]]
+        plan = Plan(joined=joined, left=message["left"])
+        for slot, computed, count, length, token, length_class, scores, new in message["rows"]:
+            request = self._requests[slot]
+            if len(request.token_ids) < length:
+                request.token_ids.append(token)
+            assert len(request.token_ids) == length, (request.request_id, len(request.token_ids), length)
+            request.num_computed, request.length_class = computed, length_class
+            # what matters is only whether there are as many as prompt tokens (`Request.wants_prompt_logprobs`)
+            request.prompt_logprobs = [] if scores else [None] * request.num_prompt_tokens
+            for blocks, more in zip(request.blocks, new or (), strict=False):
+                blocks.extend(more)
+            plan.requests.append(request)
+            plan.counts.append(count)
+        return plan
+
+    def _made(self, record: dict[str, Any]) -> Request:
+        params = record["params"]
+        bias = dict(params.pop("logit_bias"))
+        request = Request(
+            record["id"],
+            record["token_ids"],
+            record["num_prompt_tokens"],
+            SamplingParams(**params, logit_bias=bias or None),
+            record["seed"],
+            tuple(record["eos"]),
+            len(record["token_ids"]),
+            None,
+            tuple(map(tuple, record["bad_words"])),
+            forced_token_ids=dict(record["forced"]),
+            encoder_token_ids=record["encoder_token_ids"],
+            blocks=[[] for _ in range(record["groups"])],
+            slot=record["slot"],
+        )
+        self._requests[request.slot] = request
+        return request
+
+
+def write_result(result: StepResult) -> dict[str, Any]:
+    """A step's result as a message."""
+    return {
+        "token_ids": result.token_ids,
+        "logprobs": [[index, asdict(found)] for index, found in result.logprobs.items()],
+        "prompt_logprobs": [[i, [asdict(found) for found in several]] for i, several in result.prompt_logprobs.items()],
+        "errors": list(result.errors.items()),
+    }
+
+
+def read_result(message: dict[str, Any]) -> StepResult:
+    """The reverse of `write_result`."""
+    return StepResult(
+        message["token_ids"],
+        {index: TokenLogprobs(**found) for index, found in message["logprobs"]},
+        {index: [TokenLogprobs(**found) for found in several] for index, several in message["prompt_logprobs"]},
+        dict(message["errors"]),
+    )
