@@ -51,7 +51,10 @@ def mamba2(bias: bool) -> tuple[nn.Module, nn.Module]:
     return Theirs(cfg, 0), ours
 
 
-@pytest.fixture(params=[(kind, bias) for kind in (mamba, jamba, mamba2) for bias in (False, True)], ids=str)
+@pytest.fixture(
+    params=[(kind, bias) for kind in (mamba, jamba, mamba2) for bias in (False, True)],
+    ids=lambda p: f"{p[0].__name__}-{p[1]}",
+)
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     """Theirs and ours with the same weights, which forget slowly, and states that hold anything."""
     kind, bias = request.param
