@@ -32,23 +32,30 @@ class Tokenizer:
     :ivar vocab_size: number of tokens, the added ones included.
     :ivar chat_template: the default chat template (jinja source), or None.
     :ivar special_tokens: role to token, `{"eos_token": "</s>"}`; chat templates read them by these names.
+    :ivar turn_end_ids: ids that end an answer besides `eos_token_id`.
+
+    A subclass that is not built on the `tokenizers` library passes None as `backend`, and overrides `special_ids` and
+    the methods at the end of this class.
     """
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: tokenizers.Tokenizer | None,
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
         clean_up_spaces: bool = False,
+        turn_ends: Sequence[str] = (),
     ):
         """
         :param backend: does the work; padding and truncation stored in it are switched off.
         :param special_tokens: role to token; a token the vocabulary lacks has no id.
         :param chat_templates: name to jinja source; `"default"` is the one used when nobody names another.
         :param clean_up_spaces: take the space before punctuation out of decoded text (WordPiece habits).
+        :param turn_ends: tokens with which the model ends its turn in a chat, if that is not the `eos_token`.
         """
-        backend.no_padding()
-        backend.no_truncation()
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
         self._backend = backend
         self._clean_up = clean_up_spaces
         self.special_tokens = dict(special_tokens or {})
@@ -56,11 +63,13 @@ class Tokenizer:
         self.chat_template = self.chat_templates.get("default")
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        ends = (self._token_id(token) for token in turn_ends)
+        self.turn_end_ids = tuple(token_id for token_id in ends if token_id is not None)
+        self.vocab_size = self._size()
 
     def _id_of(self, role: str) -> int | None:
         token = self.special_tokens.get(role)
-        return None if token is None else self._backend.token_to_id(token)
+        return None if token is None else self._token_id(token)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -158,6 +167,12 @@ class Tokenizer:
         """The token as the vocabulary spells it, or "" when there is none."""
         return self._backend.id_to_token(token_id) or ""
 
+    def _token_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def _size(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
 
 class _TransformersTokenizer(Tokenizer):
     """A transformers tokenizer written in Python: no `tokenizers.Tokenizer` behind it."""
@@ -170,6 +185,7 @@ class _TransformersTokenizer(Tokenizer):
         self.chat_template = self.chat_templates.get("default")
         self.bos_token_id = auto.bos_token_id
         self.eos_token_id = auto.eos_token_id
+        self.turn_end_ids = ()
         self.vocab_size = len(auto)
 
     @cached_property

@@ -9,12 +9,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """What a folder says of its tokenizer beside the vocabulary itself.
+
+    :ivar settings: `tokenizer_config.json`, with `special_tokens_map.json` over it where that still counts.
+    :ivar special_tokens: role to token, `{"eos_token": "</s>"}`.
+    :ivar added_tokens: id to token, as `added_tokens_decoder` and `added_tokens.json` declare them.
+    :ivar extra_special_tokens: tokens without a role, which may or may not be in the vocabulary.
+    :ivar chat_templates: name to jinja source; `"default"` is the one used when nobody names another.
+    """
+
+    settings: Mapping[str, Any]
+    special_tokens: Mapping[str, str]
+    added_tokens: Mapping[int, tokenizers.AddedToken]
+    extra_special_tokens: tuple[str, ...]
+    chat_templates: Mapping[str, str]
+
+
+def read_side_files(folder: Path) -> SideFiles:
+    """Read what lies beside a vocabulary; files that are not there say nothing.
+
+    :raises ValueError: one of the files is damaged.
+    """
+    settings = _settings(folder)
+    added = {int(token_id): _added(token) for token_id, token in (settings.get("added_tokens_decoder") or {}).items()}
+    for content, token_id in _json(folder / "added_tokens.json").items():
+        added.setdefault(int(token_id), _added(content, special=True))
+    extra = (_content(token) for token in _extra(settings))
+    return SideFiles(
+        settings,
+        _roles(settings),
+        added,
+        tuple(token for token in extra if token is not None),
+        _chat_templates(folder, settings),
+    )
 
 
 def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str], bool]:
@@ -28,7 +66,7 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dic
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{file} cannot be read ({error}); download it again") from None
     settings = _settings(folder)
-    roles = {role: token for role in SPECIAL_TOKENS if (token := _content(settings.get(role))) is not None}
+    roles = _roles(settings)
     _add_missing(backend, settings, roles)
     # transformers ignores the wish on BPE, where the spaces before punctuation are the text's own
     clean_up = settings.get("clean_up_tokenization_spaces") is True and not isinstance(
@@ -62,6 +100,15 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _roles(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {role: token for role in SPECIAL_TOKENS if (token := _content(settings.get(role))) is not None}
+
+
+def _extra(settings: Mapping[str, Any]) -> list[Any]:
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+    return list(extra.values() if isinstance(extra, dict) else extra)
+
+
 def _content(token: Any) -> str | None:
     """A special token is written as a string or as an object with its flags."""
     if isinstance(token, dict):
@@ -77,10 +124,9 @@ def _add_missing(backend: tokenizers.Tokenizer, settings: Mapping[str, Any], rol
     have = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     new = [token for _, token in sorted(declared.items()) if repr(token) not in have]
     flags = {token.content: token for token in declared.values()}
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
     named = [value for key, value in settings.items() if key.endswith("_token")]
     known = {token.content for token in backend.get_added_tokens_decoder().values()} | {token.content for token in new}
-    for token in [*named, *(extra.values() if isinstance(extra, dict) else extra)]:
+    for token in [*named, *_extra(settings)]:
         content = _content(token)
         if content is not None and content not in known:
             new.append(flags.get(content) or _added(token, special=True))
