@@ -1,4 +1,5 @@
 # `make demo` runs a real model, `make test` runs the tests. Both make .venv first, when it is missing or out of date.
+# `make gpu` tests and measures on a GPU.
 # PYTHON=python3.12 chooses the interpreter; PROMPT="..." what the demo asks.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 FAST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadscope
 SOURCES := setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc kernels/cpu/build.py)
 
-.PHONY: demo test test-all lint ledger surface clean
+.PHONY: demo test test-all gpu lint ledger surface clean
 
 demo: .venv/.demo
 	@echo "> $(PROMPT)"
@@ -19,6 +20,11 @@ test: .venv/.dev
 
 test-all: .venv/.dev
 	$(FAST)
+
+# Tests, conformance and benchmarks on a GPU, in under ten minutes. Not in .venv: PYTHON has a torch for the GPU already.
+gpu:
+	$(PYTHON) -c 'import modelport' 2>/dev/null || $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	$(PYTHON) benchmarks/gpu.py
 
 # Checks what has no result that counts, and writes docs/supported-models.md; ALL=1 checks everything again.
 ledger: .venv/.dev

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modelport.kernels import cpu
+from modelport.kernels import cpu, gpu
 
 # canonical name -> (code in the C library, float32 function)
 _KINDS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
@@ -58,6 +58,8 @@ def gated_reference(x: Tensor, act: str) -> Tensor:
 def activate(x: Tensor, act: str) -> Tensor:
     """act(x) for x of any shape, in x.dtype."""
     code, _ = kind(act)
+    if gpu.takes(x):
+        return gpu.activation.activate(x, code)
     if cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.activate(x, out, code, cpu.threads()):
@@ -70,6 +72,8 @@ def gated(x: Tensor, act: str) -> Tensor:
     code, _ = kind(act)
     if x.shape[-1] % 2:
         raise ValueError(f"gated: last dimension of x {tuple(x.shape)} must be even: [gate | up]")
+    if gpu.takes(x):
+        return gpu.activation.gated(x, code)
     if cpu.lib is not None and x.dim() == 2:
         out = torch.empty((x.shape[0], x.shape[1] // 2), dtype=x.dtype)
         if cpu.lib.gated(x, out, code, cpu.threads()):

@@ -7,7 +7,7 @@ queries are the last positions of its `seq_lens` keys, so decode rows (ql = 1) a
 import torch
 from torch import Tensor
 
-from modelport.kernels import cpu
+from modelport.kernels import cpu, gpu
 
 
 def paged_attention_reference(
@@ -112,7 +112,8 @@ def paged_attention(
     Keys before the window of a sequence's first row are never read: their blocks may be given to somebody else, and
     their entries in block_table may hold anything. v_cache may be a view of k_cache, with a head_dim of its own.
     """
-    if cpu.lib is not None and q.dim() == 3:
+    on_gpu = gpu.takes(q)
+    if not on_gpu and cpu.lib is not None and q.dim() == 3:
         out = torch.empty((q.shape[0], q.shape[1], v_cache.shape[-1]), dtype=q.dtype)
         if cpu.lib.paged_attention(
             q, k_cache, v_cache, block_table, query_starts, seq_lens, alibi_slopes, sinks, ends, out, scale, window,
@@ -120,6 +121,11 @@ def paged_attention(
         ):  # fmt: skip
             return out
     _check(q, k_cache, v_cache, block_table, query_starts, seq_lens, alibi_slopes, sinks, ends)
+    if on_gpu and all(t.stride(-1) == 1 for t in (q, k_cache, v_cache, block_table)):
+        return gpu.attention.paged_attention(
+            q, k_cache, v_cache, block_table, query_starts, seq_lens, scale, window, softcap, alibi_slopes, sinks,
+            ends, max_query_len,
+        )  # fmt: skip
     return paged_attention_reference(
         q, k_cache, v_cache, block_table, query_starts, seq_lens, scale, window=window, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, ends=ends, max_query_len=max_query_len,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from modelport.kernels import cpu
+from modelport.kernels import cpu, gpu
 
 BLOCK = 512  # tokens; of the order of the square root of a vocabulary, so that both levels of a search are short
 FIRST_LOOK = 64  # tokens looked at for a nucleus before the look is widened; most are narrower
@@ -34,6 +34,8 @@ def draw(
     float32, above 0; top_k: (rows,) int64, 0 for all; top_p: (rows,) float64; min_p: (rows,) float32, a share of the
     greatest probability; uniforms: (rows,) float64 in [0, 1). Some token where the greatest is an infinity or a NaN.
     """
+    if gpu.takes(x):
+        return gpu.draw.draw(x, best, temperature, top_k, top_p, min_p, uniforms)
     if cpu.lib is not None and x.is_cpu:
         tokens = torch.empty(x.shape[0], dtype=torch.int64)
         if cpu.lib.draw(x, best, temperature, top_k, top_p, min_p, uniforms, tokens, cpu.threads()):

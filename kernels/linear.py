@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modelport.kernels import cpu
+from modelport.kernels import cpu, gpu
 
 LANES = 16
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight (out_features, in_features) as `linear` wants it; make it with `pack` or `pack_int8`."""
+    """A weight (out_features, in_features) as `linear` wants it; make it with `pack`, `pack_int8` or `pack_fp8`."""
 
     data: Tensor  # blocked layout, or (out_features, in_features) when not blocked
     out_features: int
     in_features: int
     blocked: bool
-    scales: Tensor | None = None  # (out_features,) float32, for int8
+    scales: Tensor | None = None  # (out_features,) float32, for 8 bits
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,7 +38,7 @@ class PackedWeight:
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Rows of the weight for indices: (n,) -> (n, in_features); float32 for int8. An embedding look-up."""
+        """Rows of the weight for indices: (n,) -> (n, in_features); float32 for 8 bits. An embedding look-up."""
         if self.blocked:
             panel, lane = indices // LANES, indices % LANES
             if self.data.dim() == 4:
@@ -50,7 +50,7 @@ class PackedWeight:
         return found if self.scales is None else found.float() * self.scales[indices, None]
 
     def unpack(self) -> Tensor:
-        """The weight (out_features, in_features) again; float32 for int8."""
+        """The weight (out_features, in_features) again; float32 for 8 bits."""
         return self.rows(torch.arange(self.out_features, device=self.data.device))
 
 
@@ -89,6 +89,19 @@ def pack_int8(weight: Tensor) -> PackedWeight:
     return PackedWeight(codes, *weight.shape, blocked=False, scales=scales)
 
 
+def pack_fp8(weight: Tensor) -> PackedWeight:
+    """Round weight: (out, in) to 8-bit floats (e4m3), with one float32 scale per output. Called once, at load.
+
+    On a GPU its kernel reads them; on a CPU, which has no instructions for them, every product widens them first.
+    """
+    _check_weight(weight)
+    wide = weight.detach().float()
+    most = torch.finfo(torch.float8_e4m3fn).max
+    scales = (wide.abs().amax(1) / most).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (wide / scales[:, None]).clamp_(-most, most).to(torch.float8_e4m3fn)
+    return PackedWeight(codes, *weight.shape, blocked=False, scales=scales)
+
+
 def linear_reference(
     x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
@@ -123,4 +136,10 @@ def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, residual
         raise ValueError(f"linear: bias {tuple(bias.shape)} must be ({out_features},)")
     if residual is not None and residual.shape != (tokens, out_features):
         raise ValueError(f"linear: residual {tuple(residual.shape)} must be ({tokens}, {out_features})")
+    if packed.scales is not None and not packed.blocked and gpu.takes(x):
+        return gpu.linear.linear(x, packed.data, packed.scales, bias, residual)
+    if x.is_cuda and packed.scales is None and residual is not None and residual.dtype == x.dtype:
+        # One product that adds, not two passes over the result.
+        out = torch.addmm(residual, x, packed.data.t())
+        return out if bias is None else out.add_(bias)
     return linear_reference(x, packed, bias, residual)

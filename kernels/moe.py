@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelport.kernels import activation, cpu, linear
+from modelport.kernels import activation, cpu, gpu, linear
 from modelport.kernels.linear import PackedWeight
 
 _SWIGLU_OAI = 6  # in the C library, after the codes of activation.py
@@ -127,7 +127,8 @@ def experts(
         code, limit, alpha = activation.kind(act)[0], 0.0, 0.0
     else:
         code, limit, alpha = _SWIGLU_OAI, act.limit, act.alpha
-    if cpu.lib is not None and gate_up.blocked and down.blocked:
+    on_gpu = gpu.takes(x) and not gate_up.blocked and not down.blocked
+    if not on_gpu and cpu.lib is not None and gate_up.blocked and down.blocked:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.experts(
             x, ids, shares, gate_up.data, gate_up.scales, gate_up.bias, down.data, down.scales, down.bias, residual,
@@ -135,6 +136,9 @@ def experts(
         ):  # fmt: skip
             return out
     _check(x, ids, shares, gate_up, down, residual)
+    if on_gpu:
+        of_both = ((packed.data, packed.scales, packed.bias) for packed in (gate_up, down))
+        return gpu.moe.experts(x, ids, shares, *of_both, code, limit, alpha, residual)
     return experts_reference(x, ids, shares, gate_up, down, act, residual)
 
 

@@ -6,7 +6,7 @@ One kernel call instead of the four to six that the plain torch expression costs
 import torch
 from torch import Tensor
 
-from modelport.kernels import cpu
+from modelport.kernels import cpu, gpu
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -38,6 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     With offset 0 the normalised value is rounded to x.dtype before the weight multiplies it, as Llama does; with an
     offset (1.0 is Gemma) everything is float32 until the end.
     """
+    if gpu.takes(x) and _fits(weight, x):
+        return gpu.norm.rms_norm(x, weight, eps, offset)
     if cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.rms_norm(x, weight, out, eps, offset, cpu.threads()):
@@ -49,6 +51,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Layer norm of x: (..., hidden) with weight and optional bias, in x.dtype; their shape as in `rms_norm`."""
+    if gpu.takes(x) and _fits(weight, x) and (bias is None or bias.shape == weight.shape):
+        return gpu.norm.layer_norm(x, weight, bias, eps)
     if cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.layer_norm(x, weight, bias, out, eps, cpu.threads()):

@@ -6,7 +6,7 @@ Angles come from a float32 table that the caller built once; products are float3
 import torch
 from torch import Tensor
 
-from modelport.kernels import cpu
+from modelport.kernels import cpu, gpu
 
 
 def rotate_reference(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = False) -> None:
@@ -38,7 +38,9 @@ def rotate_(x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool = F
     cos_sin: (max_position, rotary_dim) float32 = [cos | sin], each rotary_dim / 2 wide; dimensions past it stay.
     Pairs are (i, i + rotary_dim / 2), or neighbours when interleaved. x may be a strided view of a fused projection.
     """
-    if cpu.lib is not None and cpu.lib.rotate(x, positions, cos_sin, interleaved, cpu.threads()):
+    if not gpu.takes(x) and cpu.lib is not None and cpu.lib.rotate(x, positions, cos_sin, interleaved, cpu.threads()):
         return
     check_rotation(x, positions, cos_sin)
+    if gpu.takes(x) and x.stride(-1) == 1:
+        return gpu.rope.rotate_(x, positions, cos_sin, interleaved)
     rotate_reference(x, positions, cos_sin, interleaved)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modelport.kernels import cpu
+from modelport.kernels import cpu, gpu
 
 
 class Sequences(NamedTuple):
@@ -56,10 +56,12 @@ def _check(name: str, rows: int, state: Tensor, shape: tuple[int, ...], at: Sequ
             f"{name}: {rows} rows and {seqs} state slots do not fit positions {tuple(at.positions.shape)} and starts "
             f"{tuple(at.starts.shape)}"
         )
-    if int(at.starts[0]) or int(at.starts[-1]) > rows or bool((at.starts.diff() < 0).any()):
-        raise ValueError(f"{name}: query_starts {at.starts.tolist()} must rise from 0 to at most {rows} rows")
     if tuple(state.shape[1:]) != shape:
         raise ValueError(f"{name}: state {tuple(state.shape)} must be (slots, {', '.join(map(str, shape))})")
+    if gpu.takes(state):  # the rest would wait for the device
+        return
+    if int(at.starts[0]) or int(at.starts[-1]) > rows or bool((at.starts.diff() < 0).any()):
+        raise ValueError(f"{name}: query_starts {at.starts.tolist()} must rise from 0 to at most {rows} rows")
     if seqs and not 0 <= int(at.slots.min()) <= int(at.slots.max()) < state.shape[0]:
         raise ValueError(f"{name}: state_slots {at.slots.tolist()} name rows outside the state of {state.shape[0]}")
 
@@ -89,13 +91,16 @@ def causal_conv(
     :param state: (slots, taps - 1, channels) in x.dtype, the last values of each sequence; updated.
     :param silu: the activation that follows; without it the sums are returned.
     """
-    if cpu.lib is not None:
+    on_gpu = gpu.takes(x)
+    if not on_gpu and cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.causal_conv(x, weight, bias, state, *at, out, silu, cpu.threads()):
             return out
     _check("causal_conv", x.shape[0], state, (weight.shape[0] - 1, x.shape[1]), at)
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"causal_conv: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    if on_gpu:
+        return gpu.ssm.causal_conv(x, weight, bias, state, *at, silu)
     return causal_conv_reference(x, weight, bias, state, at, silu)
 
 
@@ -131,7 +136,8 @@ def selective_scan(
     :param skip, dt_bias: (channels,) float32; skip is D.
     :param state: (slots, states, channels) float32; updated.
     """
-    if cpu.lib is not None:
+    on_gpu = gpu.takes(x)
+    if not on_gpu and cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.selective_scan(x, dt, rates, b, c, skip, gate, dt_bias, state, *at, out, cpu.threads()):
             return out
@@ -139,6 +145,8 @@ def selective_scan(
     if dt.shape != x.shape or b.shape != c.shape or b.shape != (x.shape[0], rates.shape[0]):
         raise ValueError(f"selective_scan: x {tuple(x.shape)}, dt {tuple(dt.shape)}, b {tuple(b.shape)} and "
                          f"c {tuple(c.shape)} disagree, or do not fit {rates.shape[0]} states")  # fmt: skip
+    if on_gpu:
+        return gpu.ssm.selective_scan(x, dt, rates, b, c, skip, gate, dt_bias, state, *at)
     return selective_scan_reference(x, dt, rates, b, c, skip, gate, dt_bias, state, at)
 
 
@@ -173,7 +181,8 @@ def head_scan(
     :param dt_limits: least and greatest value of softplus(dt + dt_bias).
     :param state: (slots, heads, states, head_dim) float32; updated.
     """
-    if cpu.lib is not None:
+    on_gpu = gpu.takes(x)
+    if not on_gpu and cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.head_scan(x, dt, rates, b, c, skip, dt_bias, state, *at, out, *dt_limits, cpu.threads()):
             return out
@@ -182,6 +191,8 @@ def head_scan(
     if dt.shape != (tokens, heads) or b.shape != c.shape or b.shape[0] != tokens or heads % b.shape[1]:
         raise ValueError(f"head_scan: x {tuple(x.shape)}, dt {tuple(dt.shape)}, b {tuple(b.shape)} and "
                          f"c {tuple(c.shape)} disagree")  # fmt: skip
+    if on_gpu:
+        return gpu.ssm.head_scan(x, dt, rates, b, c, skip, dt_bias, dt_limits, state, *at)
     return head_scan_reference(x, dt, rates, b, c, skip, dt_bias, dt_limits, state, at)
 
 
@@ -197,11 +208,14 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, group_size: 
 
     :param weight: (width,).
     """
-    if cpu.lib is not None:
+    on_gpu = gpu.takes(x)
+    if not on_gpu and cpu.lib is not None:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.gated_norm(x, gate, weight, out, group_size, eps, cpu.threads()):
             return out
     if x.shape != gate.shape or weight.shape != x.shape[-1:] or x.shape[-1] % group_size:
         raise ValueError(f"gated_norm: x {tuple(x.shape)}, gate {tuple(gate.shape)}, weight {tuple(weight.shape)} and "
                          f"groups of {group_size} disagree")  # fmt: skip
+    if on_gpu and x.dim() == 2:
+        return gpu.ssm.gated_norm(x, gate, weight, eps, group_size)
     return gated_norm_reference(x, gate, weight, eps, group_size)
