@@ -6,8 +6,10 @@ architecture, in the time of a test, and let a debugger see all places at once.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -19,7 +21,6 @@ from modelport.engine.scheduler import Plan
 from modelport.loading.model import Description
 from modelport.modeling.rope import Rope
 from modelport.parallel.groups import BrokenLink, Place, ThreadHub
-from modelport.parallel.multiprocess import ProcessExecutor
 from modelport.parallel.place_runner import Loaded, load_place
 from modelport.parallel.tensor import Note
 from modelport.plugin import Plugins
@@ -44,6 +45,18 @@ class Executor(Protocol):
     def step(self, plan: Plan) -> StepResult:
         """As `Runner.step`."""
 
+    def submit(self, plan: Plan) -> None:
+        """Begin a step; another one may be begun before its result is collected."""
+
+    def collect(self) -> StepResult:
+        """Result of the oldest step that was submitted and not collected."""
+
+    def waits_on(self) -> list[object]:
+        """Connections of which one becomes readable before `collect` has a result; none when it has one now."""
+
+    def restart(self) -> None:
+        """Build every place anew, whatever became of the old ones."""
+
     def describe(self) -> list[Note]:
         """What became of the layers, on the first place of each stage."""
 
@@ -62,9 +75,16 @@ class ThreadExecutor:
     def __init__(
         self, about: Description, plugins: Plugins, settings: EngineConfig, limits: Limits, progress: bool = False
     ):
+        self._build = lambda: self._load(about, plugins, settings, limits, progress)
+        self._build()
+
+    def _load(
+        self, about: Description, plugins: Plugins, settings: EngineConfig, limits: Limits, progress: bool
+    ) -> None:
         tp_size, pp_size = settings.tensor_parallel_size, settings.pipeline_parallel_size
         hub = ThreadHub()
         self._hub, self._tp_size = hub, tp_size
+        self._results: deque[StepResult] = deque()
         places = [Place.of(rank, tp_size, pp_size, hub.links(rank)) for rank in range(tp_size * pp_size)]
         self._pool = ThreadPoolExecutor(len(places), thread_name_prefix="modelport-place")
         self._loaded: list[Loaded] = self._everywhere(
@@ -91,6 +111,19 @@ class ThreadExecutor:
     def describe(self) -> list[Note]:
         return [note for loaded in self._loaded[:: self._tp_size] for note in loaded.notes]
 
+    def submit(self, plan: Plan) -> None:
+        self._results.append(self.step(plan))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+    def waits_on(self) -> list[object]:
+        return []
+
+    def restart(self) -> None:
+        self.shutdown()
+        self._build()
+
     def shutdown(self) -> None:
         self._pool.shutdown(wait=False)
 
@@ -114,15 +147,28 @@ class ThreadExecutor:
             self._hub.leave(failed)
 
 
+def executor_class(plugins: Plugins, name: str) -> Callable[..., Executor]:
+    """What the setting `executor` names.
+
+    :raises ValueError: no plugin offers it.
+    """
+    offered: dict[str, str] = {}
+    for found in plugins.hook.register_executors():
+        offered = {**found, **offered}
+    if name not in offered:
+        raise ValueError(f"executor={name!r} is offered by no plugin; there are {', '.join(sorted(offered)) or 'none'}")
+    module, _, kind = offered[name].partition(":")
+    return getattr(import_module(module), kind)
+
+
 def start_executor(
     about: Description, plugins: Plugins, settings: EngineConfig, limits: Limits, progress: bool
 ) -> Executor:
-    """Build every place's part of the model, as `settings.distributed_executor_backend` says.
+    """Build every place's part of the model, as `settings.executor` says.
 
     :raises ValueError: the model cannot be divided so.
     """
-    kind = ThreadExecutor if settings.distributed_executor_backend == "inproc" else ProcessExecutor
-    executor = kind(about, plugins, settings, limits, progress)
+    executor = executor_class(plugins, settings.executor)(about, plugins, settings, limits, progress)
     for note in executor.describe():
         logger.log(logging.DEBUG if note.divided else logging.INFO, "%s", note)
     return executor

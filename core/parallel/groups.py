@@ -184,12 +184,15 @@ class DistributedLinks:
     """torch.distributed between processes: gloo on CPUs, NCCL on GPUs; its default group has to be there.
 
     Every place makes one with the same sizes, since making groups is a matter of all.
+
+    :ivar waits_for: while another place has to do something first: what, in words.
     """
 
     def __init__(self, tp_size: int, pp_size: int, device: torch.device):
         import torch.distributed as dist
 
         self._dist, self._device = dist, device
+        self.waits_for: str | None = None
         world = range(tp_size * pp_size)
         self._groups = {world: None}
         for stage in range(pp_size):
@@ -200,12 +203,16 @@ class DistributedLinks:
     def all_gather(self, x: Tensor, ranks: Sequence[int]) -> list[Tensor]:
         x = x.to(self._device).contiguous()
         found = [torch.empty_like(x) for _ in ranks]
+        self.waits_for = "waits for what others gather"
         self._dist.all_gather(found, x, group=self._groups[ranks])
+        self.waits_for = None
         return found
 
     def all_reduce(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
         x = x.contiguous()
+        self.waits_for = "waits for the sum over its stage"
         self._dist.all_reduce(x, group=self._groups[ranks])
+        self.waits_for = None
         return x
 
     def send(self, state: State, to: int) -> None:
@@ -215,13 +222,16 @@ class DistributedLinks:
         for part in parts:
             assert part.dim() <= 2, part.shape
             header += [_DTYPES.index(part.dtype), part.dim(), *part.shape, *[0] * (2 - part.dim())]
+        self.waits_for = f"sends to worker {to}"
         size = torch.tensor([len(header)], device=self._device)
         self._dist.send(size, to)
         self._dist.send(torch.tensor(header, device=self._device), to)
         for part in parts:
             self._dist.send(part.contiguous(), to)
+        self.waits_for = None
 
     def receive(self, source: int) -> State:
+        self.waits_for = f"waits for worker {source}"
         size = torch.empty(1, dtype=torch.int64, device=self._device)
         self._dist.recv(size, source)
         header = torch.empty(int(size), dtype=torch.int64, device=self._device)
@@ -232,4 +242,5 @@ class DistributedLinks:
             part = torch.empty(shape[:dims], dtype=_DTYPES[kind], device=self._device)
             self._dist.recv(part, source)
             parts.append(part)
+        self.waits_for = None
         return tuple(parts) if count else parts[0]

@@ -2,7 +2,7 @@
 
 Decisions: every place keeps the tables of all requests, so a step sends tensors between places only where the model
 needs it; the place that has logits and is first of its stage samples, the others learn the token with the next plan.
-Steps are not recorded here: a recording would pass by the links.
+Steps are recorded only where there is one place: a recording would pass by the links.
 """
 
 import functools
@@ -34,10 +34,14 @@ class PlaceRunner(Runner):
         by_length: bool,
     ):  # fmt: skip
         super().__init__(
-            model, about.config.vocab_size, memory.num_rows, memory.max_model_len, block_size, memory.groups,
+            model, about.text.vocab_size, memory.num_rows, memory.max_model_len, block_size, memory.groups,
             memory.states, about.device, by_length=by_length,
         )  # fmt: skip
-        self.place, self.recorder = place, None
+        self.place = place
+        if place.tp_size * place.pp_size > 1:
+            self.recorder = None
+        # what takes tokens' places goes into the first stage, what cross attention reads into every one
+        self._encodes = self._encodes and (place.is_first or self._crosses)
         self._forward = functools.partial(run_stage, model, blocks, place)
 
     def step(self, plan: Plan) -> StepResult:
@@ -48,6 +52,8 @@ class PlaceRunner(Runner):
     def _follow(self, plan: Plan) -> StepResult:
         for request in plan.joined:
             self._seat(request)
+        if self._encodes:
+            self._encode_media(plan)
         slots, computed, lengths, counts = self._rows(plan)
         self._token_ids[slots, lengths - 1] = [request.token_ids[-1] for request in plan.requests]
         self._forward(*self._batch(plan, slots, computed, counts))
@@ -83,8 +89,8 @@ def load_place(
     def divide(model: nn.Module) -> None:
         nonlocal blocks, kinds
         kinds = cache_kinds(model)
-        blocks = keep_stage(model, place, about.config.vocab_size)
-        notes.extend(divide_layers(model, place))
+        blocks = keep_stage(model, place, about.text.vocab_size, settings.pipeline_blocks)
+        notes.extend(divide_layers(model, place, settings.enable_expert_parallel))
 
     model = build(about, plugins, settings, limits.max_model_len, progress, divide)
     memory = attach_memory(model, settings, about.dtype, about.device, limits, kinds, place)

@@ -50,8 +50,10 @@ class _Whole(Exception):
     """The unit is not divided; the message says why."""
 
 
-def divide_layers(model: nn.Module, place: Place) -> list[Note]:
+def divide_layers(model: nn.Module, place: Place, by_expert: bool = False) -> list[Note]:
     """Keep of every unit the part of `place`; one note for each unit.
+
+    :param by_expert: places take different experts of a mixture, instead of a part of each.
 
     :raises ValueError: attention heads that so many places cannot divide.
     """
@@ -62,7 +64,7 @@ def divide_layers(model: nn.Module, place: Place) -> list[Note]:
     for path, module in list(model.named_modules()):
         if any(path.startswith(prefix) for prefix in inside):
             continue
-        unit = _unit(module)
+        unit = _divide_by_expert if by_expert and isinstance(module, Experts) else _unit(module)
         if unit is None:
             continue
         if isinstance(module, LatentAttention | Experts | MambaMixer | Mamba2Mixer):
@@ -137,7 +139,7 @@ def _times(piece: Piece, size: int) -> Piece:
     return Piece(*(number * size for number in piece))
 
 
-def _cut(module: nn.Module, name: str, dim: int, *pieces: Piece) -> None:
+def _cut(module: nn.Module, name: str, dim: int, *pieces: Piece, whole_parts: bool = False) -> None:
     """Keep `pieces` of a parameter."""
     parameter = module._parameters.get(name)
     if parameter is None:
@@ -148,7 +150,7 @@ def _cut(module: nn.Module, name: str, dim: int, *pieces: Piece) -> None:
     module._parameters[name] = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta"), False)
     if not hasattr(module, "cuts"):
         module.cuts = {}
-    module.cuts[name] = Cut(dim, pieces)
+    module.cuts[name] = Cut(dim, pieces, whole_parts)
 
 
 def _cut_outputs(linear: Linear, *pieces: Piece) -> None:
@@ -179,6 +181,8 @@ def _divide_attention(module: nn.Module, place: Place) -> str:
     attention = _only(module, ATTENTION, "attentions")
     out = _only(module, RowLinear, "projections of the output")
     num_heads, num_kv_heads, _ = qkv.heads
+    if isinstance(attention, EncoderAttention) and num_kv_heads < place.tp_size:
+        raise _Whole(f"it has only {num_kv_heads} key heads, and an encoder needs no cache")
     if any(_own(module, ColumnLinear | MergedLinear)) or out.in_features != num_heads * qkv.head_dim:
         raise _Whole("its projections are none that are known")
     _no_parameters(module)
@@ -227,7 +231,8 @@ def _divide_cross(module: nn.Module, place: Place) -> str:
     keys = spec.num_kv_heads * head_dim
     if [rows for _, rows in pair.parts] != [keys, keys] or out.in_features != query.out_features:
         raise _Whole("its projections are none that are known")
-    if any(isinstance(child, LayerNorm | RMSNorm | QKVLinear) for child in module.children()):
+    norms = [child for child in module.children() if isinstance(child, LayerNorm | RMSNorm)]
+    if any(norm.size != head_dim for norm in norms) or any(isinstance(c, QKVLinear) for c in module.children()):
         raise _Whole("it has parameters that are not known")
     q, k = share_heads(heads, spec.num_kv_heads, place)
     _cut_outputs(query, _times(q, head_dim))
@@ -271,6 +276,32 @@ def _divide_experts(module: Experts, place: Place) -> str:
 
     module.forward = forward
     return f"{width.size} of {width.whole} columns of every expert"
+
+
+def _divide_by_expert(module: Experts, place: Place) -> str:
+    """Whole experts: fewer and larger products, and work that is uneven where tokens prefer some experts."""
+    count = len(module.down_proj.parts) // len(module.down_proj.names)
+    if count < place.tp_size:
+        return _divide_experts(module, place)
+    mine = share(count, place)
+    for linear in (module.gate_up_proj, module.down_proj):
+        _cut(linear, "weight", -3, mine, whole_parts=True)
+        _cut(linear, "bias", -2, mine, whole_parts=True)
+        each = len(linear.names)
+        linear.parts = linear.parts[mine.start * each : (mine.start + mine.size) * each]
+    mixture = module.forward
+
+    def forward(x: Tensor, shares: Tensor, ids: Tensor, residual: Tensor | None = None) -> Tensor:
+        local = ids - mine.start
+        rows, slots = ((local >= 0) & (local < mine.size)).nonzero(as_tuple=True)  # the choices that are computed here
+        found = x.new_zeros(*ids.shape, x.shape[-1])  # (tokens, top_k, hidden)
+        if len(rows):
+            found[rows, slots] = mixture(x[rows], shares[rows, slots][:, None], local[rows, slots][:, None])
+        total = found.sum(1, dtype=torch.float32).to(x.dtype)
+        return place.all_reduce(total if residual is None or place.tp_rank else total + residual)
+
+    module.forward = forward
+    return f"{mine.size} of {count} experts"
 
 
 def _divide_mamba(module: MambaMixer, place: Place) -> str:

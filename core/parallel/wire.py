@@ -1,27 +1,25 @@
-"""What goes between an engine and the processes that run its steps: JSON records, never pickles.
+"""What the messages between an engine and the processes that run its steps say: records for JSON, and tensors.
 
 Decisions: the engine tells what is new, tokens, blocks and who came and went; a worker keeps requests of its own up to
 date with it and runs its runner over them, so a `Runner` does not know where its plan comes from. A step of 256 running
-requests is a few kilobytes.
+requests is a few kilobytes. Tensors of media travel beside the records (`channel.Frame`).
 """
 
-import json
+import itertools
 from dataclasses import asdict, fields
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from modelport.engine.runner import StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan
+from modelport.inputs.processor import MediaItem, PlacedItem
 from modelport.request import Request
 from modelport.sampling_params import SamplingParams
 
-
-def encode(message: dict[str, Any]) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode()
-
-
-def decode(message: bytes) -> dict[str, Any]:
-    return json.loads(message)
+_EMBEDS = "rows that the caller gave"
 
 
 class PlanWriter:
@@ -30,7 +28,7 @@ class PlanWriter:
     def __init__(self) -> None:
         self._told: dict[int, list[int]] = {}
 
-    def write(self, plan: Plan) -> dict[str, Any]:
+    def write(self, plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for request in plan.joined:
             self._told[request.slot] = [0] * len(request.blocks)
         rows = []
@@ -42,7 +40,15 @@ class PlanWriter:
                 request.slot, request.num_computed, count, len(request.token_ids), request.token_ids[-1],
                 request.length_class, request.wants_prompt_logprobs, new if any(new) else 0,
             ])  # fmt: skip
-        return {"left": plan.left, "joined": [_request(r) for r in plan.joined], "rows": rows}
+        message = {"left": plan.left, "joined": [_request(r) for r in plan.joined], "rows": rows}
+        tensors: dict[str, Tensor] = {}
+        if plan.encode or plan.forget:
+            message["encode"] = [_item(item) for item in plan.encode]
+            message["forget"] = [digest.hex() for digest in plan.forget]
+            for number, item in enumerate(plan.encode):
+                parts = item.tensors if item.embeds is None else {_EMBEDS: item.embeds}
+                tensors |= {f"{number}/{name}": tensor for name, tensor in parts.items()}
+        return message, tensors
 
 
 def _request(request: Request) -> dict[str, Any]:
@@ -60,7 +66,32 @@ def _request(request: Request) -> dict[str, Any]:
         "forced": list(request.forced_token_ids.items()),
         "encoder_token_ids": request.encoder_token_ids,
         "groups": len(request.blocks),
+        "media": [[placed.start, _item(placed.item)] for placed in request.media],
+        "spans": request.spans,
+        "axes": None if request.axes is None else request.axes.tolist(),
     }
+
+
+def _item(item: MediaItem) -> dict[str, Any]:
+    """What a runner needs to know of an item: which of its tokens take rows, as runs."""
+    places = item.row_places
+    edges = np.flatnonzero(np.diff(places, prepend=-2, append=places[-1] + 2 if len(places) else 0) != 1)
+    runs = [[int(places[a]), int(places[b - 1]) + 1] for a, b in itertools.pairwise(edges)]
+    return {
+        "modality": item.modality, "digest": item.digest.hex(), "length": len(item.token_ids), "runs": runs,
+        "keys": item.num_keys,
+    }  # fmt: skip
+
+
+def _read_item(record: dict[str, Any], tensors: dict[str, Tensor]) -> MediaItem:
+    is_row = np.zeros(record["length"], dtype=bool)
+    for start, end in record["runs"]:
+        is_row[start:end] = True
+    embeds = tensors.pop(_EMBEDS, None)
+    return MediaItem(
+        record["modality"], range(record["length"]), tensors, is_row, embeds=embeds, num_keys=record["keys"],
+        digest=bytes.fromhex(record["digest"]),
+    )  # fmt: skip
 
 
 class PlanReader:
@@ -69,9 +100,15 @@ class PlanReader:
     def __init__(self) -> None:
         self._requests: dict[int, Request] = {}
 
-    def read(self, message: dict[str, Any]) -> Plan:
+    def read(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         joined = [self._made(record) for record in message["joined"]]
         plan = Plan(joined=joined, left=message["left"])
+        parts: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, name = key.partition("/")
+            parts.setdefault(int(number), {})[name] = tensor
+        plan.encode = [_read_item(r, parts.get(i, {})) for i, r in enumerate(message.get("encode", ()))]
+        plan.forget = [bytes.fromhex(digest) for digest in message.get("forget", ())]
         for slot, computed, count, length, token, length_class, scores, new in message["rows"]:
             request = self._requests[slot]
             if len(request.token_ids) < length:
@@ -101,6 +138,9 @@ class PlanReader:
             tuple(map(tuple, record["bad_words"])),
             forced_token_ids=dict(record["forced"]),
             encoder_token_ids=record["encoder_token_ids"],
+            media=tuple(PlacedItem(start, _read_item(item, {})) for start, item in record["media"]),
+            spans=tuple(map(tuple, record["spans"])),
+            axes=None if record["axes"] is None else np.asarray(record["axes"], dtype=np.int32),
             blocks=[[] for _ in range(record["groups"])],
             slot=record["slot"],
         )

@@ -7,7 +7,7 @@ import pytest
 from modelport import LLM, SamplingParams
 from modelport.cli.flags import add_engine_flags, engine_settings
 
-SETTINGS = {"dtype": "float32", "max_model_len": 64, "distributed_executor_backend": "inproc"}
+SETTINGS = {"dtype": "float32", "max_model_len": 64, "executor": "inproc"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 
 

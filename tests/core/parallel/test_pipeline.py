@@ -1,5 +1,7 @@
 """Stages: which blocks lie where, what a stage keeps besides, and that nothing else of the checkpoint is read."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,9 @@ from modelport.config import TextConfig
 from modelport.modeling import CausalLM, RMSNorm
 from modelport.parallel.groups import Place, ThreadHub
 from modelport.parallel.pipeline import Elsewhere, keep_stage, run_stage, stage_blocks
+
+NO_MEDIA = SimpleNamespace(media=None)
+"""All that the model below reads of a batch."""
 
 
 def place(stage: int, stages: int, hub: ThreadHub | None = None) -> Place:
@@ -66,12 +71,12 @@ def test_a_stage_keeps_its_blocks_and_its_end(tied: bool) -> None:
 @pytest.mark.parametrize("stages", [2, 3, 5])
 def test_stages_in_a_row_are_the_whole_model(stages: int) -> None:
     ids = torch.tensor([1, 5, 2])
-    whole = run_stage(model(), range(5), place(0, 1), ids, None)
+    whole = run_stage(model(), range(5), place(0, 1), ids, NO_MEDIA)
     hub, found = ThreadHub(), None
     for stage in range(stages):  # one after the other: a sender does not wait
         part, here = model(), place(stage, stages, hub)
         hub.enter()
-        found = run_stage(part, keep_stage(part, here, 7), here, ids, None)
+        found = run_stage(part, keep_stage(part, here, 7), here, ids, NO_MEDIA)
         hub.leave(failed=False)
     assert isinstance(found, tuple)
     for got, want in zip(found, whole, strict=True):

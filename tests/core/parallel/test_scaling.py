@@ -75,7 +75,7 @@ def test_a_model_sends_what_the_formulas_say(tiny: str, monkeypatch: pytest.Monk
         send(links, state, to)
 
     settings = {"dtype": "float32", "max_model_len": 64, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-    llm = LLM(tiny, **settings, distributed_executor_backend="inproc")
+    llm = LLM(tiny, **settings, executor="inproc")
     monkeypatch.setattr(ThreadLinks, "all_reduce", all_reduce)
     monkeypatch.setattr(ThreadLinks, "send", sends)
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from modelport.config import TextConfig
 from modelport.loading.cut import Cut, Piece
 from modelport.loading.loader import WeightsError, load_weights, tensor_names
-from modelport.modeling import MergedLinear, QKVLinear, RMSNorm, RowLinear
+from modelport.modeling import (
+    ClipVision,
+    ClipVisionConfig,
+    MergedLinear,
+    PixtralVision,
+    PixtralVisionConfig,
+    QKVLinear,
+    Qwen2VisionConfig,
+    Qwen2VisionTower,
+    RMSNorm,
+    RowLinear,
+)
 from modelport.modeling.attention import Attention
 from modelport.modeling.mlp import MLP, GatedMLP
 from modelport.parallel.groups import Place, ThreadHub
@@ -216,3 +227,37 @@ def test_a_merged_linear_that_feeds_nothing_stays_whole() -> None:
     model = empty(lambda: nn.ModuleDict({"m": nn.ModuleDict({"up": MergedLinear(8, (4, 6), ("a", "b"))})}))
     (note,) = divide_layers(model, places(2)[1][0])
     assert not note.divided
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 12,
+         "patch_size": 4}  # fmt: skip
+QWEN = Qwen2VisionConfig(depth=2, embed_dim=32, hidden_size=24, mlp_ratio=2, num_heads=2, patch_size=4)
+
+
+@pytest.mark.parametrize(("tp_size", "heads"), [(2, "1 of 2 heads"), (3, "only 2 key heads")])
+@pytest.mark.parametrize(
+    ("make", "inputs", "attention"),
+    [
+        (lambda: ClipVision(ClipVisionConfig(**TOWER)), (torch.randn(2, 3, 12, 12),), "self_attn"),
+        (lambda: PixtralVision(PixtralVisionConfig(**TOWER)), ([torch.randn(3, 8, 12)],), "attention"),
+        (lambda: Qwen2VisionTower(QWEN), (torch.randn(16, 96), [(1, 4, 4)]), "attn"),
+    ],
+)
+def test_a_divided_image_tower_is_the_whole_one(make, inputs, attention: str, tp_size: int, heads: str) -> None:
+    tensors = {name: 0.2 * tensor for name, tensor in values(empty(make)).items()}
+    architecture = Architecture("ToyForCausalLM", nn.Module, TextConfig)
+    whole = empty(make)
+    load_weights(whole, tensors.items(), architecture, CONFIG, torch.float32, CPU)
+    hub, all_places = places(tp_size)
+    models = []
+    for place in all_places:
+        model = empty(make)
+        names = tensor_names(model)
+        notes = [note for note in divide_layers(model, place) if note.path.endswith(f".{attention}")]
+        assert len(notes) == 2
+        assert all(heads in note.how and note.divided == (tp_size == 2) for note in notes)
+        load_weights(model, tensors.items(), architecture, CONFIG, torch.float32, CPU, names)
+        models.append(model)
+    wanted = torch.cat([*whole(*inputs)])
+    for found in everywhere(hub, tp_size, lambda rank: models[rank](*inputs)):
+        torch.testing.assert_close(torch.cat([*found]), wanted, rtol=1e-5, atol=1e-5)
