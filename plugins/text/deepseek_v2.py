@@ -16,6 +16,7 @@ modelport_api = 1
 
 class DeepseekV2Config(TextConfig):
     attention_bias: bool = False
+    mlp_bias: bool = False  # of dense and shared ones; V3 has none
     q_lora_rank: int | None = 1536
     kv_lora_rank: int = 512
     qk_nope_head_dim: int = 128
@@ -103,7 +104,9 @@ class SparseMoe(nn.Module):
         self.gate = Router(hidden, count, cfg.num_experts_per_tok, exact=True, **cfg.router())
         self.experts = Experts(count, hidden, wide, cfg.hidden_act)
         self.shared_experts = (
-            GatedMLP(hidden, wide * cfg.n_shared_experts, cfg.hidden_act) if cfg.n_shared_experts else None
+            GatedMLP(hidden, wide * cfg.n_shared_experts, cfg.hidden_act, cfg.mlp_bias)
+            if cfg.n_shared_experts
+            else None
         )
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -119,7 +122,9 @@ class Block(nn.Module):
         self.self_attn = attention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         dense = not cfg.is_sparse(layer)
-        self.mlp = GatedMLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act) if dense else SparseMoe(cfg)
+        self.mlp = (
+            GatedMLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act, cfg.mlp_bias) if dense else SparseMoe(cfg)
+        )
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:  # x: (tokens, hidden_size)
         x = self.self_attn(self.input_layernorm(x), batch, residual=x)
@@ -171,7 +176,8 @@ def register_architectures() -> list[Architecture]:
         "biases": {"attention_bias": True},
         "all_sparse": {"first_k_dense_replace": 0},
     }
-    v2_variants = {**variants, "group_limited": {"topk_method": "group_limited_greedy"}}
+    own = {"biases": {"attention_bias": True, "mlp_bias": True}}
+    v2_variants = {**variants, **own, "group_limited": {"topk_method": "group_limited_greedy"}}
     v3_variants = {**variants, "not_normalised": {"norm_topk_prob": False}, "halves": {"rope_interleave": False}}
     v2, v3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
     return [

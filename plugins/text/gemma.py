@@ -85,5 +85,15 @@ def register_architectures() -> list[Architecture]:
             ignore=("*.rotary_emb.inv_freq",),
             reference="transformers:GemmaForCausalLM",
             tiny=tiny,
+            model_type="gemma",
+            defaults={
+                "vocab_size": 256000,
+                "hidden_size": 3072,
+                "intermediate_size": 24576,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "max_position_embeddings": 8192,
+                "eos_token_id": 1,
+            },
         )
     ]

@@ -92,5 +92,22 @@ def register_architectures() -> list[Architecture]:
         "final_logit_softcapping": 3.0,
     }
     return [
-        Architecture("Gemma2ForCausalLM", Gemma2, Gemma2Config, reference="transformers:Gemma2ForCausalLM", tiny=tiny)
+        Architecture(
+            "Gemma2ForCausalLM",
+            Gemma2,
+            Gemma2Config,
+            reference="transformers:Gemma2ForCausalLM",
+            tiny=tiny,
+            model_type="gemma2",
+            defaults={
+                "vocab_size": 256000,
+                "hidden_size": 2304,
+                "intermediate_size": 9216,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "max_position_embeddings": 8192,
+                "eos_token_id": 1,
+            },
+        )
     ]

@@ -88,6 +88,22 @@ TINY = {
 }
 
 
+SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "eos_token_id": 2,
+}
+"""Of Llama 7B, which larger models do not repeat; and of Mistral 7B."""
+MISTRAL_SIZES = SIZES | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+INNER = {  # model_type and defaults
+    "LlamaForCausalLM": ("llama", SIZES),
+    "MistralForCausalLM": ("mistral", MISTRAL_SIZES),
+}
+
+
 @hookimpl
 def register_architectures() -> list[Architecture]:
     names = {
@@ -107,6 +123,8 @@ def register_architectures() -> list[Architecture]:
             ignore=("*.rotary_emb.inv_freq",),
             reference="transformers:MistralForCausalLM" if config is MistralConfig else "transformers:LlamaForCausalLM",
             tiny=mistral if config is MistralConfig else TINY,
+            model_type=INNER.get(name, (None, {}))[0],
+            defaults=INNER.get(name, (None, {}))[1],
         )
         for name, config in names.items()
     ]

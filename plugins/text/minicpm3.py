@@ -15,6 +15,7 @@ class MiniCPM3Config(TextConfig):
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True
     attention_bias: bool = False
+    mlp_bias: bool = False
     q_lora_rank: int | None = 768
     kv_lora_rank: int = 256
     qk_nope_head_dim: int = 64
@@ -50,7 +51,7 @@ class Block(nn.Module):
             bias=cfg.attention_bias,
         )
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = GatedMLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act)
+        self.mlp = GatedMLP(cfg.hidden_size, cfg.intermediate_size, cfg.hidden_act, cfg.mlp_bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:  # x: (tokens, hidden_size)
         x = x + self.scale * self.self_attn(self.input_layernorm(x), batch)
@@ -90,7 +91,7 @@ def register_architectures() -> list[Architecture]:
         "longrope": {
             "rope_parameters": {**long, "short_factor": [1.0, 1.1, 1.2, 1.4], "long_factor": [1.0, 2.0, 4.0, 9.0]}
         },
-        "plain_queries": {"q_lora_rank": None, "attention_bias": True},
+        "plain_queries": {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True},
         "unscaled": {"scale_emb": 1, "scale_depth": None, "dim_model_base": None, "tie_word_embeddings": False},
     }
     name = "MiniCPM3ForCausalLM"

@@ -128,5 +128,14 @@ def register_architectures() -> list[Architecture]:
             reference="transformers:OPTForCausalLM",
             tiny=tiny,
             variants=variants,
+            model_type="opt",
+            defaults={
+                "vocab_size": 50272,
+                "hidden_size": 768,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "ffn_dim": 3072,
+                "eos_token_id": 2,
+            },
         )
     ]

@@ -88,5 +88,15 @@ def register_architectures() -> list[Architecture]:
             reference="transformers:PersimmonForCausalLM",
             tiny=tiny,
             variants=variants,
+            model_type="persimmon",
+            defaults={
+                "vocab_size": 262144,
+                "hidden_size": 4096,
+                "intermediate_size": 16384,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 64,
+                "max_position_embeddings": 16384,
+                "eos_token_id": 2,
+            },
         )
     ]

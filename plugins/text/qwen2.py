@@ -70,4 +70,22 @@ def register_architectures() -> list[Architecture]:
         "max_window_layers": 2,
         "tie_word_embeddings": True,
     }
-    return [Architecture("Qwen2ForCausalLM", Qwen2, Qwen2Config, reference="transformers:Qwen2ForCausalLM", tiny=tiny)]
+    return [
+        Architecture(
+            "Qwen2ForCausalLM",
+            Qwen2,
+            Qwen2Config,
+            reference="transformers:Qwen2ForCausalLM",
+            tiny=tiny,
+            model_type="qwen2",
+            defaults={
+                "vocab_size": 151936,
+                "hidden_size": 4096,
+                "intermediate_size": 22016,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "max_position_embeddings": 32768,
+            },
+        )
+    ]

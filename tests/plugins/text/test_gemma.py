@@ -2,6 +2,7 @@
 
 import pytest
 
+from modelport import SamplingParams
 from modelport.plugins.text.gemma import GemmaConfig
 
 
@@ -40,3 +41,19 @@ def test_first_configs(checkpoint):
     made.config |= {"hidden_act": "gelu", "hidden_activation": None}
     made.tensors["lm_head.weight"] = made.tensors["model.embed_tokens.weight"].clone()
     made.assert_agrees()
+
+
+def test_gemma3_that_sees_both_ways_is_refused(checkpoint):
+    made = checkpoint("Gemma3ForCausalLM")
+    made.config["use_bidirectional_attention"] = True
+    with pytest.raises(ValueError, match=r"use_bidirectional_attention=True.*take a checkpoint that generates"):
+        made.engine()
+
+
+def test_gemma3_caps_scores_as_gemma2_does(checkpoint):
+    """transformers 5 reads `attn_logit_softcapping` and never uses it; no published checkpoint sets it."""
+    made = checkpoint("Gemma3ForCausalLM")
+    plain = made.engine().generate([[5, 6, 7, 8, 9]], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+    made.config["attn_logit_softcapping"] = 0.01
+    capped = made.engine().generate([[5, 6, 7, 8, 9]], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+    assert plain.prompt_logprobs[2] != capped.prompt_logprobs[2]

@@ -22,7 +22,7 @@ class AuthorsAttention(nn.Module):
         self.q_ln = nn.LayerNorm(size, bias=bias) if qk_ln else nn.Identity()
         self.k_ln = nn.LayerNorm(kv_heads * self.dim, bias=bias) if qk_ln else nn.Identity()
 
-    def forward(self, x, position_bias=None, past_key_values=None, attention_mask=None):
+    def forward(self, x, position_bias=None, **_):  # the names of masks and caches change with the release
         n, qkv = x.shape[1], self.Wqkv(x)
         if self.clip:
             qkv = qkv.clamp(-self.clip, self.clip)
