@@ -1,1 +1,1 @@
-"""What turns a request's text into token ids and back: tokenizers and chat templates."""
+"""What a request brings, made ready: text to token ids and back, chat templates, pictures, films and sounds."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modelport.config import TextConfig
+from modelport.inputs.multimodal import MediaReader
+from modelport.inputs.processor import Expanded
 from modelport.inputs.tokenizer import Tokenizer
 
 Read = tuple[str | None, list[int]]
@@ -19,12 +21,21 @@ class PromptReader:
 
     :param generation: what the checkpoint's `generation_config.json` says.
     :param max_model_len: most tokens of one sequence.
+    :param media: of a model that takes media.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, config: TextConfig, generation: Mapping[str, Any], max_model_len: int
+        self,
+        tokenizer: Tokenizer | None,
+        config: TextConfig,
+        generation: Mapping[str, Any],
+        max_model_len: int,
+        media: MediaReader | None = None,
     ):
-        self.tokenizer, self.config, self.max_model_len = tokenizer, config, max_model_len
+        self.tokenizer, self.config, self.max_model_len, self.media = tokenizer, config, max_model_len, media
+        self._placeholders: set[int] = set()  # may lie outside the vocabulary
+        if media is not None:
+            self._placeholders = {media.processor.placeholder_id(m) for m in media.processor.modalities}
         names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "bos_token_id")
         self._special = {name: generation.get(name, config.model_dump().get(name)) for name in names}
 
@@ -33,12 +44,30 @@ class PromptReader:
         :raises TypeError: not a prompt.
         """
         text, ids = self._tokens(prompt)
+        self._check_length(ids)
+        return text, ids
+
+    def read_media(self, prompt: Any) -> tuple[str | None, Expanded]:
+        """A prompt with its media in their places.
+
+        :raises ValueError: as `read`; media that cannot be used, or do not fit the prompt's placeholders.
+        :raises TypeError: not a prompt.
+        """
+        data, trusted = {}, True
+        if isinstance(prompt, Mapping):
+            prompt = dict(prompt)
+            data, trusted = prompt.pop("multi_modal_data", None) or {}, prompt.pop("trusted", True)
+        text, ids = self._tokens(prompt)
+        expanded = self.media.processor.expand(ids, self.media.read(data, trusted))
+        self._check_length(expanded.token_ids)
+        return text, expanded
+
+    def _check_length(self, ids: Sequence[int]) -> None:
         if len(ids) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens; max_model_len={self.max_model_len} leaves room for "
                 f"{self.max_model_len - 1} and one to generate; shorten the prompt or raise max_model_len"
             )
-        return text, ids
 
     def read_pair(self, prompt: Any) -> tuple[Read, Read]:
         """The encoder's and the decoder's prompt.
@@ -82,14 +111,15 @@ class PromptReader:
         if ids is None:
             if self.tokenizer is None:
                 raise ValueError("a text prompt needs a tokenizer; give {'prompt_token_ids': [...]}")
-            ids = self.tokenizer.encode(text, add_special_tokens=special)
+            encoder = self.tokenizer if self.media is None else self.media.processor
+            ids = encoder.encode(text, add_special_tokens=special)
         if not ids:
             raise ValueError(f"the prompt {prompt!r} is empty: there is nothing to continue; give at least one token")
         vocab = self.config.vocab_size
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) and not hasattr(token, "__index__"):
                 raise TypeError(f"prompt token ids must be integers, not {token!r}")
-            if not 0 <= token < vocab:
+            if not 0 <= token < vocab and token not in self._placeholders:
                 raise ValueError(f"token id {token} in the prompt is outside the vocabulary (0 to {vocab - 1})")
         return text, [int(token) for token in ids]
 
@@ -103,6 +133,7 @@ def _parts(prompt: Any) -> tuple[str | None, Sequence[int] | None]:
         unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
         if unknown or (text is None and ids is None):
             hint = "; an encoder_prompt is for encoder-decoder models" if "encoder_prompt" in prompt else ""
+            hint = "; this model takes text only" if "multi_modal_data" in prompt else hint
             raise ValueError(
                 f"a prompt dictionary holds 'prompt' or 'prompt_token_ids', not {unknown or sorted(prompt)}{hint}"
             )

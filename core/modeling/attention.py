@@ -90,12 +90,13 @@ class Attention(nn.Module):
             alibi_slopes=None if self.alibi is None else self.alibi.slopes,
             sinks=None if self.sinks is None else self.sinks.float(),
             max_query_len=batch.max_query_len,
+            ends=batch.ends,
         )
         return out.flatten(1)
 
 
 class CrossAttention(nn.Module):
-    """Attention of a decoder's tokens to all tokens of its encoder, whose keys and values are written once.
+    """Attention to all tokens of an encoder, or to the media before, whose keys and values are written once.
 
     :param scale: factor on scores; 1 / sqrt(head_dim) when not given.
     """
@@ -113,21 +114,22 @@ class CrossAttention(nn.Module):
         self.k_cache, self.v_cache, self.group = k_cache, v_cache, group
 
     def write(self, k: Tensor, v: Tensor, batch: Batch) -> None:
-        """Keep k, v: (encoder tokens, num_kv_heads, head_dim), made of `batch.encoded.states`."""
+        """Keep k, v: (rows of states, num_kv_heads, head_dim), made of `batch.encoded.states`."""
         kv_cache.write(k, v, self.k_cache, self.v_cache, batch.pages[self.group].slots)
 
     def forward(self, q: Tensor, batch: Batch) -> Tensor:
-        """q: (tokens, num_heads, head_dim) -> (tokens, num_heads * head_dim)."""
+        """q: (rows, num_heads, head_dim), those of `batch.encoded` -> (rows, num_heads * head_dim)."""
+        seen = batch.encoded
         return kernel.paged_attention(
             q,
             self.k_cache,
             self.v_cache,
             batch.pages[self.group].block_table,
-            batch.query_starts,
-            batch.encoded.lens,
+            seen.query_starts,
+            seen.lens,
             self.scale,
-            max_query_len=batch.max_query_len,
-            ends=batch.encoded.ends,
+            max_query_len=seen.max_query_len,
+            ends=seen.ends,
         ).flatten(1)
 
 
@@ -142,11 +144,19 @@ class EncoderAttention(nn.Module):
         self.scale = head_dim**-0.5 if scale is None else scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-        """q, k, v: (tokens, heads, head_dim), starts: (seqs + 1,) first row of each -> (tokens, heads * head_dim)."""
-        out, edges = torch.empty_like(v), starts.tolist()
-        for first, end in itertools.pairwise(edges):
-            parts = (part[first:end].transpose(0, 1)[None] for part in (q, k, v))
-            out[first:end] = nn.functional.scaled_dot_product_attention(
-                *parts, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
-            )[0].transpose(0, 1)
+        """q, k, v: (tokens, heads, head_dim), starts: (seqs + 1,) first row of each -> (tokens, heads * head_dim).
+
+        Neighbours of the same length, such as the tiles of an image, are computed together.
+        """
+        out, edges, first = torch.empty(q.shape, dtype=q.dtype, device=q.device), starts.tolist(), 0
+        for length, run in itertools.groupby(end - start for start, end in itertools.pairwise(edges)):
+            seqs = sum(1 for _ in run)
+            end = first + seqs * length
+            if length:
+                parts = (part[first:end].unflatten(0, (seqs, length)).transpose(1, 2) for part in (q, k, v))
+                attended = nn.functional.scaled_dot_product_attention(
+                    *parts, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+                )  # (seqs, heads, length, head_dim)
+                out[first:end] = attended.transpose(1, 2).flatten(0, 1)
+            first = end
         return out.flatten(1)

@@ -23,6 +23,12 @@ class Model(Protocol):
     An encoder-decoder model has a fifth, `encode(token_ids, starts)`: ids (encoder tokens,) of several sequences, side
     by side from the rows `starts` (seqs + 1,) on -> states (encoder tokens, hidden_size), which its blocks find in
     `batch.encoded` once.
+
+    A model that takes media has `embed_media(modality, items)`: what its input processor made of several items
+    (`MediaItem.tensors`, on the model's device) -> for each a tensor (rows, hidden_size), which takes the place of its
+    tokens' embeddings; `media_modules`, the modules that only `embed_media` uses; `num_axes`, when rotary positions
+    have several; and, where rows are more than embeddings, `merge_media(state, media)`: the embedded tokens and
+    `Batch.media` (or None) -> the state of the first block.
     """
 
     lm_head: nn.Module
@@ -40,9 +46,20 @@ class Model(Protocol):
 
 def forward(model: Model, token_ids: Tensor, batch: Batch) -> State:
     """Run every block over (tokens,) ids; `finish` and `lm_head` follow for the rows that need logits."""
-    state: State = model.embed(token_ids)
+    state = embed(model, token_ids, batch)
     for block in model.blocks:
         state = block(state, batch)
+    return state
+
+
+def embed(model: Model, token_ids: Tensor, batch: Batch) -> State:
+    """The state that the first block takes: embeddings of (tokens,) ids, and rows of media in their places."""
+    state = model.embed(token_ids)
+    merge = getattr(model, "merge_media", None)
+    if merge is not None:
+        return merge(state, batch.media)
+    if batch.media is not None:
+        state = state.index_copy(0, batch.media.rows, batch.media.states.to(state.dtype))
     return state
 
 

@@ -71,7 +71,7 @@ class LMHead(nn.Module):
         softcap: float = 0.0,
     ):
         super().__init__()
-        self.scale, self.softcap = scale, softcap
+        self.hidden_size, self.scale, self.softcap = hidden_size, scale, softcap
         self.tied = (tied,)  # in a tuple, so that the weight is registered once
         if tied is not None:
             tied.is_shared = True

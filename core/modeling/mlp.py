@@ -35,6 +35,7 @@ class MLP(nn.Module):
     """`down(act(up(x))) + residual`: the plain form.
 
     :param names: the checkpoint's names of the two layers, such as ("fc1", "fc2") or ("c_fc", "c_proj").
+    :param out_size: width of the result, where it is another one, as in a projector; there is no residual then.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class MLP(nn.Module):
         act: str,
         bias: bool = False,
         names: tuple[str, str] = ("up_proj", "down_proj"),
+        out_size: int | None = None,
     ):
         super().__init__()
         self.names = names
         self.add_module(names[0], ColumnLinear(hidden_size, intermediate_size, bias))
         self.act = Activation(act)
-        self.add_module(names[1], RowLinear(intermediate_size, hidden_size, bias))
+        self.add_module(names[1], RowLinear(intermediate_size, hidden_size if out_size is None else out_size, bias))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         up, down = self.names

@@ -66,9 +66,9 @@ class Rope(nn.Module):
 
     def angles(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The table for this step and the row of it for each token: `cos_sin` and (tokens,) int64."""
-        if not self._table.by_length:
-            return self.cos_sin, batch.positions
-        return self._table.of_step(batch)
+        if self._table.by_length or (batch.axes is not None and self.parameters.mrope_section):
+            return self._table.of_step(batch)
+        return self.cos_sin, batch.positions
 
     def length_class(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """Which angles a sequence gets that began with `num_prompt_tokens` and has `num_tokens` known now.
@@ -129,11 +129,18 @@ class _Table:
     def of_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Table and rows for a step; computed by the first of the layers that ask."""
         if self._step is None or self._step[0] is not batch:
-            assert batch.length_classes is not None, "angles depend on length: Batch.length_classes is needed"
-            self._step = batch, self._of(batch)
+            self._step = batch, self._of(batch) if self.by_length else self._of_axes(batch)
         return self._step[1]
 
+    def _of_axes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Every pair turns by the position on its own axis (M-RoPE, arXiv 2409.12191, section 2.1)."""
+        by_axis = torch.stack([self.cos_sin[positions] for positions in batch.axes])  # (axes, tokens, dim)
+        axis = _axis_of_pair(self.parameters).to(by_axis.device)
+        table = by_axis[axis.repeat(2), :, torch.arange(self.dim, device=by_axis.device)]  # (dim, tokens)
+        return table.T.contiguous(), torch.arange(len(batch.positions), device=by_axis.device)
+
     def _of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert batch.length_classes is not None, "angles depend on length: Batch.length_classes is needed"
         positions = batch.positions
         row = torch.arange(len(positions), dtype=torch.int32, device=positions.device)
         sequence = torch.bucketize(row, batch.query_starts[1:], right=True).clamp_(max=len(batch.length_classes) - 1)
@@ -145,6 +152,16 @@ class _Table:
         table = torch.empty(len(positions), self.dim, device=positions.device)
         _fill(table, angles, 1.0)
         return table, row.long()
+
+
+def _axis_of_pair(p: RopeParameters) -> Tensor:
+    """(pairs,) int64: the axis of positions that a pair turns by."""
+    if not p.mrope_interleaved:
+        return torch.repeat_interleave(torch.arange(len(p.mrope_section)), torch.tensor(p.mrope_section))
+    axis = torch.zeros(sum(p.mrope_section), dtype=torch.int64)  # the first axis where the others have had their turns
+    for other, count in enumerate(p.mrope_section[1:], start=1):
+        axis[other : other + len(p.mrope_section) * count : len(p.mrope_section)] = other
+    return axis
 
 
 _tables: WeakValueDictionary[tuple[int, RopeParameters, int, torch.device], _Table] = WeakValueDictionary()
@@ -265,6 +282,9 @@ def _check(dim: int, p: RopeParameters) -> None:
     needed = _NEEDS.get(p.rope_type, ())
     if p.rope_type in ("yarn", "longrope") and p.factor is None:
         needed = (*needed, "max_position_embeddings")
+    if p.mrope_section and sum(p.mrope_section) != dim // 2:
+        raise ValueError(f"mrope_section {p.mrope_section} in rope_parameters has {sum(p.mrope_section)} pairs; "
+                         f"{dim} rotated dimensions have {dim // 2}")  # fmt: skip
     for key in needed:
         if not getattr(p, key):
             raise ValueError(f"rope_type {p.rope_type!r} needs {key} in rope_parameters")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from modelport.loading.model import text_config
 from modelport.testing.reference import LOGITS_LIMIT, ModuleReference
 from modelport.testing.registry import Failure, Measured, conformance_check
 from modelport.testing.subject import Subject, difference, needs
@@ -90,7 +91,7 @@ def as_transformers_5(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_alike(subject: Subject, config: dict[str, Any], what: str) -> None:
     wanted = subject.config.model_dump()
-    found = subject.architecture.config.model_validate(config).model_dump()
+    found = text_config(subject.architecture, config, subject.plugins).model_dump()
     changed = [f"{key}: {found[key]!r} instead of {wanted[key]!r}" for key in wanted if found[key] != wanted[key]]
     if changed:
         raise Failure(f"{what} changes what is read: {'; '.join(changed)}")

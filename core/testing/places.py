@@ -5,6 +5,7 @@ own have; every position's logits are held against one place's, then a crowd who
 check of what is not built yet tells so in every report and never counts as passed.
 """
 
+from modelport.testing.media import compare_pictures
 from modelport.testing.reference import LOGITS_LIMIT
 from modelport.testing.registry import Measured, Skip, conformance_check
 from modelport.testing.report import NOT_APPLICABLE, NOT_BUILT
@@ -18,7 +19,7 @@ def divided(subject: Subject, tensor: int = 1, pipeline: int = 1) -> Measured:
     settings = {
         "tensor_parallel_size": tensor,
         "pipeline_parallel_size": pipeline,
-        "distributed_executor_backend": "inproc",
+        "executor": "inproc",
     }
     longest = max(subject.baseline, key=lambda c: len(c.prompt))
     base = [c for c in subject.baseline if c is longest or len(c.prompt) in (1, 17)]
@@ -59,10 +60,10 @@ def lora(subject: Subject) -> None:
     raise Skip(f"{NOT_BUILT}adapters")
 
 
-@conformance_check()
-def media(subject: Subject) -> None:
-    """Images, audio and video, and their embeddings, give what the reference gives."""
-    raise Skip(f"{NOT_BUILT}media inputs")
+@conformance_check(every_variant=True)
+def media(subject: Subject) -> Measured:
+    """Prompts with images give what the reference gives: together, cut, from the cache, divided."""
+    return compare_pictures(subject)
 
 
 @conformance_check()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 TOKENS = 32
@@ -37,13 +38,19 @@ class Prompt:
 
 
 def make_prompts(
-    vocab_size: int, windows: Iterable[int], longest: int, has_encoder: bool = False, start: int | None = None
+    vocab_size: int,
+    windows: Iterable[int],
+    longest: int,
+    has_encoder: bool = False,
+    start: int | None = None,
+    without: Collection[int] = (),
 ) -> list[Prompt]:
     """Prompts of up to `longest` tokens: the usual lengths, those around each window's edge, and a shared beginning.
 
     :param windows: sizes of the model's sliding windows.
     :param has_encoder: give the encoder something to read as well.
     :param start: the token that every decoder prompt of an encoder-decoder model begins with.
+    :param without: tokens that no prompt holds, such as those that stand for media.
     """
     lengths = dict.fromkeys(LENGTHS)
     for window in windows:
@@ -52,7 +59,8 @@ def make_prompts(
 
     def tokens(length: int) -> tuple[int, ...]:
         # 0 is left out: padding in many vocabularies, and some embeddings treat it apart
-        return tuple(source.randrange(1, vocab_size) for _ in range(length))
+        drawn = (source.randrange(1, vocab_size) for _ in count())
+        return tuple(islice((token for token in drawn if token not in without), length))
 
     made = [tokens(length) for length in lengths if 1 <= length <= longest]
     stem = max(made, key=len)

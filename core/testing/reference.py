@@ -19,13 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelport.plugin import Architecture
+from modelport.loading.checkpoint import read_config, resolve
+from modelport.plugin import Architecture, Plugins
 from modelport.testing.prompts import Prompt
 from modelport.testing.registry import Failure, Skip
 from modelport.testing.report import NOT_APPLICABLE, NOT_BUILT
 
 LOGITS_LIMIT = 1e-4
 """Largest difference of float32 logits, relative to the largest reference logit: rounding stays ten times below it."""
+LOWEST = torch.finfo(torch.float32).min
+"""Logit of entries that are never chosen."""
 SENSITIVITY = 20 * LOGITS_LIMIT  # how far a changed input must move the logits, in the same measure
 DISTINCT = 8  # different likeliest tokens that a sensible reference gives after 64 prefixes
 ATTEMPTS = ((0, 1.0), (1, 1.0), (2, 0.5), (3, 2.0), (4, 0.25))  # seed, factor on the spread of the weights
@@ -129,7 +132,7 @@ class ModuleReference:
         if read is not None:
             changes["the encoder's first of 12 tokens"] = (short, [_other(read[0], ids), *read[1:]])
         for what, changed in changes.items():
-            moved = float((self.logits(*changed)[-1] - base).abs().max() / base.abs().max())
+            moved = float((self.logits(*changed)[-1] - base).abs().max() / base[base != LOWEST].abs().max())
             if moved < SENSITIVITY:
                 return f"{what} moves its logits by {moved:.1e} of the largest, less than {SENSITIVITY:.0e}"
         return ""
@@ -180,7 +183,8 @@ class GoldenReference:
     """Recorded outputs of the authors' own code: a folder that is a checkpoint with a `golden.json`.
 
     `golden.json` lists `cases` with `input_ids` and `greedy_ids`; `golden.safetensors` holds `logits_<i>`, the logits
-    (rows, vocab_size) of the last rows of case i's prompt. Cases with media are left to the checks of media.
+    (rows, vocab_size) of the last rows of case i's prompt. Cases with media are left to the checks of media; they name
+    their raw `files` (`image_0.png`, `audio_1.wav`), and `mm_embeds_<i>` are the rows that these become.
 
     :raises ValueError: the folder is no golden folder.
     """
@@ -195,6 +199,7 @@ class GoldenReference:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / 'golden.json'} cannot be read ({error!r}); copy it again") from None
+        self.media_cases = {i: case for i, case in enumerate(cases) if case.get("mm_inputs")}
         self.indices = [i for i, case in enumerate(cases) if not case.get("mm_inputs")]
         self.prompts = [Prompt(tuple(cases[i]["input_ids"])) for i in self.indices]
         self.greedy = [cases[i].get("greedy_ids") for i in self.indices]
@@ -203,14 +208,14 @@ class GoldenReference:
     def name(self) -> str:
         return f"golden:{self.folder.name}"
 
-    def under(self, name: str, target: Path) -> Path:
-        """The folder when its `config.json` names this architecture, else `target`, made a copy that does.
+    def under(self, name: str, target: Path, plugins: Plugins) -> Path:
+        """The folder when its configuration names this architecture, else `target`, made a copy that does.
 
         A model that is published under several names was recorded under one.
         """
-        config = json.loads((self.folder / "config.json").read_text("utf-8"))
-        if name in (config.get("architectures") or ()):
+        if name in self.architectures(plugins):
             return self.folder
+        config = json.loads((self.folder / "config.json").read_text("utf-8"))
         target.mkdir(parents=True)
         for file in self.folder.iterdir():
             if file.is_file():
@@ -220,10 +225,18 @@ class GoldenReference:
 
     def logits(self) -> list[Tensor]:
         """The recorded prompt logits of each case: (rows, vocab_size) float32 of the prompt's last rows."""
+        tensors = self.tensors()
+        return [tensors[f"logits_{i}"].float() for i in self.indices]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is recorded, by name."""
         from safetensors.torch import load_file
 
-        tensors = load_file(self.folder / "golden.safetensors")
-        return [tensors[f"logits_{i}"].float() for i in self.indices]
+        return load_file(self.folder / "golden.safetensors")
+
+    def architectures(self, plugins: Plugins) -> list[str]:
+        """The names that its configuration gives, in whatever form it is stored."""
+        return list(read_config(resolve(str(self.folder), None, plugins), plugins)["architectures"])
 
     def require_text(self) -> None:
         """:raises Skip: nothing recorded here is a text that is continued."""
@@ -300,4 +313,9 @@ def _logits(model: nn.Module, token_ids: Sequence[int], encoder_token_ids: Seque
     else:
         out = model(torch.tensor([list(encoder_token_ids)]), decoder_input_ids=ids, **options)
     logits = out if isinstance(out, Tensor) else out.logits
-    return logits[0].float()
+    return in_float32(logits[0])
+
+
+def in_float32(logits: Tensor) -> Tensor:
+    """The same logits; the lowest number of their type, which marks what is never chosen, stays the lowest."""
+    return logits.float().masked_fill(logits == torch.finfo(logits.dtype).min, LOWEST)

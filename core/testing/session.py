@@ -23,7 +23,7 @@ from types import ModuleType
 
 from modelport import API_VERSION, __version__
 from modelport.discovery import PluginRecord
-from modelport.loading.model import pick_device
+from modelport.loading.model import pick_device, text_config
 from modelport.plugin import Architecture, hookimpl, load_plugins
 from modelport.testing.reference import GoldenReference, ModuleReference, sensible_reference
 from modelport.testing.registry import Entry, Failure, Measured, Skip, all_checks
@@ -73,8 +73,7 @@ class Session:
         if architecture is None:
             if self.golden is None:
                 raise ValueError("nothing to check: name an architecture or a golden folder")
-            config = json.loads((self.golden.folder / "config.json").read_text("utf-8"))
-            architecture = next(iter(config.get("architectures") or ["(none)"]))
+            architecture = self.golden.architectures(load_plugins(tuple(plugins)))[0]
         pick_device(device)
         self.device, self._own_module = device, None
         self.architecture, self.record = self._find(architecture, tuple(plugins))
@@ -108,7 +107,9 @@ class Session:
         """
         variants = [] if self.golden else list(self.architecture.variants)
         names = list(self._entries)
-        names += [f"{v}:{name}" for v in variants for name, entry in self._entries.items() if entry.every_variant]
+        entries = [(name, entry) for name, entry in self._entries.items() if entry.every_variant]
+        entries = [(name, entry) for name, entry in entries if name != "media" or self.architecture.inputs is not None]
+        names += [f"{v}:{name}" for v in variants for name, _ in entries]
         if only is None:
             return names
         wanted = [only] if isinstance(only, str) else list(only)
@@ -207,13 +208,15 @@ class Session:
         reference: ModuleReference | GoldenReference | None = self.golden
         overrides = architecture.variants[variant] if variant else {}
         if self.golden is not None:
-            files = self.golden.under(architecture.name, folder / "files")
+            files = self.golden.under(architecture.name, folder / "files", self.plugins)
         elif architecture.reference is not None:
             entries = {**architecture.tiny, **overrides, "architectures": [architecture.name]}
             reference = sensible_reference(
-                architecture, architecture.config.model_validate(entries).vocab_size, overrides
+                architecture, text_config(architecture, entries, self.plugins).vocab_size, overrides
             )
             files = reference.save(folder / "files")
+            for name, content in architecture.files.items():
+                (files / name).write_text(json.dumps(content))
         elif architecture.tiny:
             files = folder / "files"
             files.mkdir(parents=True)

@@ -22,13 +22,13 @@ from modelport.config import EngineConfig
 from modelport.frontend import Frontend, engine_config
 from modelport.llm import LLM
 from modelport.loading.checkpoint import read_config, resolve
-from modelport.loading.model import build, describe
+from modelport.loading.model import build, describe, text_config
 from modelport.modeling.cache import CacheSpec
 from modelport.plugin import Architecture, Plugins
 from modelport.request import RequestOutput
 from modelport.sampling_params import SamplingParams
 from modelport.testing.prompts import TOKENS, Prompt, make_prompts
-from modelport.testing.reference import LOGITS_LIMIT, GoldenReference, ModuleReference
+from modelport.testing.reference import LOGITS_LIMIT, LOWEST, GoldenReference, ModuleReference
 from modelport.testing.registry import Failure, Skip
 from modelport.testing.report import NOT_APPLICABLE
 
@@ -79,8 +79,8 @@ class Subject:
         self.architecture, self.plugins, self.module = architecture, plugins, module
         self.folder, self.scratch, self.reference, self.device = folder, scratch, reference, device
         self._made: dict[str, Any] = {}
-        self.raw_config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-        self.config = architecture.config.model_validate(self.raw_config)
+        self.raw_config: dict[str, Any] = read_config(resolve(str(folder), None, plugins), plugins)
+        self.config = text_config(architecture, self.raw_config, plugins)
 
     # Files
 
@@ -139,12 +139,12 @@ class Subject:
     @property
     def shares_prefixes(self) -> bool:
         """Whether such pages are all that it keeps, and depend on nothing but the tokens before."""
-        return self.is_paged and all(isinstance(spec, CacheSpec) and not spec.cross for spec in self.cache_specs)
+        return self.is_paged and all(isinstance(spec, CacheSpec) for spec in self.cache_specs) and not self.has_encoder
 
     @property
     def has_encoder(self) -> bool:
         """Whether a part of those pages holds an encoder's keys."""
-        return any(isinstance(spec, CacheSpec) and spec.cross for spec in self.cache_specs)
+        return hasattr(self.architecture.model_class(), "encode")
 
     @cached_property
     def windows(self) -> list[int]:
@@ -170,7 +170,9 @@ class Subject:
             start = next(
                 (entries[k] for k in ("decoder_start_token_id", "bos_token_id") if entries.get(k) is not None), None
             )
-        return make_prompts(self.config.vocab_size, self.windows, self._longest, self.has_encoder, start)
+        media = self.llm()._front.media if self.architecture.inputs else None
+        held = {media.processor.placeholder_id(modality) for modality in media.processor.modalities} if media else ()
+        return make_prompts(self.config.vocab_size, self.windows, self._longest, self.has_encoder, start, held)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -309,7 +311,7 @@ def difference(base: Continuation, other: Continuation) -> float:
 
 def magnitude(logits: Tensor) -> float:
     """The largest logit; the lowest float32, which marks entries that are never chosen, says nothing of rounding."""
-    return largest(logits[logits != torch.finfo(torch.float32).min])
+    return largest(logits[logits != LOWEST])
 
 
 def largest(x: Tensor) -> float:

@@ -11,7 +11,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from modelport.loading.loader import WeightsError
+from modelport.loading.loader import WeightsError, unused_names
 from modelport.loading.safetensors import INDEX
 from modelport.modeling.embedding import LMHead
 from modelport.testing.reference import LOGITS_LIMIT, ModuleReference
@@ -129,7 +129,9 @@ def is_spare(subject: Subject, name: str) -> bool:
     prefix = max((p for p in architecture.rename if name.startswith(p)), key=len, default=None)
     renamed = name if prefix is None else architecture.rename[prefix] + name[len(prefix) :]
     heads = {f"{path}.weight" for path, m in subject.model.named_modules() if isinstance(m, LMHead) and m.is_tied}
-    return renamed in heads or any(fnmatchcase(renamed, pattern) for pattern in architecture.ignore)
+    return renamed in heads or any(
+        fnmatchcase(renamed, pattern) for pattern in (*architecture.ignore, *unused_names(subject.model))
+    )
 
 
 def _write_shards(subject: Subject) -> Path:

@@ -25,3 +25,8 @@ def test_an_encoder_reads_something_else() -> None:
         "encoder_prompt": {"prompt_token_ids": list(prompts[1].encoder_token_ids)},
         "decoder_prompt": {"prompt_token_ids": list(prompts[1].token_ids)},
     }
+
+
+def test_tokens_that_stand_for_media_are_left_out():
+    held = {5, 6, 7}
+    assert not held & {token for prompt in make_prompts(12, [], 200, without=held) for token in prompt.token_ids}
