@@ -15,7 +15,7 @@ class Pages:
     :ivar block_table: (seqs, blocks) int32, cache blocks of each sequence in order; anything where they were given
         back because a sliding window has passed them.
     :ivar slots: where new keys and values go, block * block_size + offset: (tokens,) int64; in cross attention
-        (encoder tokens of this step,).
+        (rows of `Encoded.states`,), and there the table has a row for each run of `Encoded`.
     """
 
     block_table: Tensor
@@ -24,17 +24,37 @@ class Pages:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What cross attention reads.
+    """What cross attention reads: an encoder's tokens, the same for all rows of a sequence, or media.
 
-    :ivar states: (encoder tokens of this step, hidden_size) of the sequences that start in this step; None when none
-        does. Their keys and values are to be written.
-    :ivar lens: (seqs,) int32, keys of each sequence.
-    :ivar ends: (tokens,) int32, the same for each row.
+    Media are seen by some rows only, and by rows of one sequence in turn; rows that see the same media are a run.
+
+    :ivar states: (encoder tokens or media rows, hidden_size) of which this step is to write the keys and values; None
+        when there are none.
+    :ivar lens: (runs,) int32, keys of each run; a run of an encoder is a sequence.
+    :ivar ends: (rows,) int32, keys that each row sees.
+    :ivar query_starts: (runs + 1,) int32, first row of each run; the last entry is the number of rows.
+    :ivar max_query_len: most rows of one run.
+    :ivar rows: (rows,) int64, rows of the step that see media; None where all rows read an encoder.
     """
 
     states: Tensor | None
     lens: Tensor
     ends: Tensor
+    query_starts: Tensor
+    max_query_len: int
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Media:
+    """What encoders of images, videos and sounds made, in place of token embeddings.
+
+    :ivar rows: (media rows,) int64: which rows of this step.
+    :ivar states: (media rows, width): hidden_size wide unless the model says otherwise (`merge_media`).
+    """
+
+    rows: Tensor
+    states: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,12 @@ class Batch:
     :ivar pages: one for each group of layers with a paged cache, by the number that a layer got when it was attached.
     :ivar state_slots: (seqs,) int32, row of each sequence in recurrent states.
     :ivar max_query_len: most rows of one sequence.
-    :ivar encoded: of encoder-decoder models only.
+    :ivar encoded: of models with cross attention only; None where no row sees any media.
+    :ivar media: rows of this step that media take; None when there are none.
+    :ivar ends: (tokens,) int32, how many keys of its sequence each row sees, where some see later ones, as tokens of
+        one image may; None when every row sees those up to its own.
+    :ivar axes: positions for rotary embeddings with several axes (time, height, width), each (tokens,) int64; None for
+        a model that has one.
     :ivar length_classes: (seqs,) int32, `Rope.length_class` of each sequence; None for a model whose angles do not
         depend on length.
     """
@@ -60,3 +85,6 @@ class Batch:
     max_query_len: int
     encoded: Encoded | None = None
     length_classes: Tensor | None = None
+    media: Media | None = None
+    ends: Tensor | None = None
+    axes: tuple[Tensor, ...] | None = None

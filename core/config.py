@@ -34,6 +34,8 @@ class RopeParameters(BaseModel):
     long_factor: tuple[float, ...] = ()
     short_mscale: float | None = None
     long_mscale: float | None = None
+    mrope_section: tuple[int, ...] = ()  # pairs that turn by each axis, for positions with several (Qwen2-VL)
+    mrope_interleaved: bool = False  # axes take turns (Qwen3-VL) instead of one after the other
 
 
 class TextConfig(BaseModel):
@@ -104,6 +106,21 @@ class TextConfig(BaseModel):
         return key in cls.model_fields and type(None) in get_args(cls.model_fields[key].annotation)
 
 
+class MultimodalConfig(BaseModel):
+    """The part of a `config.json` that lies around a language model's own; a family subclasses it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        """Published configs write null for "the default", except where None is a value of its own."""
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {k: v for k, v in data.items() if v is not None or k in fields and fields[k].default is None}
+
+
 _OLD_ROPE_TYPES = {"su": "longrope", "mrope": "default"}  # mrope: for text, all of its axes are the same position
 _EXTENDED = ("llama3", "yarn", "longrope")  # types that read original_max_position_embeddings
 
@@ -159,20 +176,37 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="type of weights and cache")
     device: str = Field("auto", description="cpu, cuda, or auto")
     load_format: Literal["auto", "safetensors", "gguf", "pt", "dummy"] = Field("auto", description="checkpoint format")
-    quantization: str | None = Field(None, description="how to quantise weights at load, such as int8")
+    quantization: str | None = Field(None, description="how to quantise weights at load, such as int8 or fp8")
     tensor_parallel_size: int = Field(1, gt=0, description="places that divide every layer")
     pipeline_parallel_size: int = Field(1, gt=0, description="stages that divide the layers among them")
-    distributed_executor_backend: Literal["mp", "inproc"] = Field(
-        "mp", description="what runs a divided model: mp, processes; inproc, threads that take turns, for tests"
+    data_parallel_size: int = Field(1, gt=0, description="copies of the model, each on places of its own")
+    data_parallel_rank: int = Field(0, ge=0, description="number of this copy; set by the engine")
+    pipeline_blocks: tuple[int, ...] = Field((), description="blocks of each stage; as equal as can be when not given")
+    enable_expert_parallel: bool = Field(
+        False, description="tensor-parallel places take whole experts of a mixture, not a part of each"
     )
+    executor: str = Field("mp", description="who runs a divided model: mp, processes; ray, a cluster; inproc, threads")
+    nnodes: int = Field(1, gt=0, description="machines that divide the model, with executor mp")
+    node_rank: int = Field(0, ge=0, description="number of this machine; 0 has the engine, the others only workers")
+    master_addr: str | None = Field(None, description="address of machine 0, which the others can reach")
+    master_port: int = Field(29555, ge=0, lt=65536, description="port of machine 0 to which the others connect")
+    worker_timeout: float = Field(4.0, gt=0, description="seconds without a sign of life after which a worker is lost")
+    step_timeout: float = Field(300.0, gt=0, description="seconds that a step of a divided model may take")
     seed: int = Field(0, description="seed of requests that bring none")
     max_model_len: int | None = Field(None, gt=0, description="longest prompt plus output, in tokens")
     max_num_seqs: int | None = Field(None, gt=0, description="most requests in one step; 256 or fewer when not given")
     max_num_batched_tokens: int | None = Field(None, gt=0, description="most tokens in one step (prefill chunk size)")
     block_size: int = Field(16, gt=0, description="tokens in one block of the cache")
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="type of cached keys and values: the model's, fp8"
+    )
     kv_cache_memory_bytes: int | None = Field(None, gt=0, description="memory for the cache; derived when not given")
     num_kv_blocks: int | None = Field(None, gt=0, description="blocks in the cache; overrides kv_cache_memory_bytes")
     enable_prefix_caching: bool = Field(True, description="share cache blocks between equal prompt beginnings")
+    limit_mm_per_prompt: dict[str, int] = Field({}, description="most images, videos, sounds of a prompt, by modality")
+    mm_processor_kwargs: dict[str, Any] = Field({}, description="entries that win over the preprocessor_config.json's")
+    allowed_local_media_path: str | None = Field(None, description="folder of which messages may name files")
+    allowed_media_domains: tuple[str, ...] = Field((), description="hosts of which media may be fetched; all if none")
     plugins: tuple[str, ...] = Field((), description="dotted names of plugin modules to load besides installed ones")
     blocked_plugins: tuple[str, ...] = Field((), description="names of plugins not to load")
 

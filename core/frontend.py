@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from modelport.config import EngineConfig
 from modelport.engine.detokenizer import Detokenizer
-from modelport.engine.engine import Engine
+from modelport.engine.replicas import start_engine
+from modelport.inputs.media import MediaLimits
+from modelport.inputs.multimodal import MediaReader, all_spans, marks, place_media, render_with_media
+from modelport.inputs.processor import Expanded, MediaItem, ProcessorFiles
 from modelport.inputs.prompts import PromptReader
 from modelport.inputs.tokenizer import Tokenizer, load_tokenizer
 from modelport.loading.checkpoint import read_config, resolve
-from modelport.loading.model import describe
+from modelport.loading.model import Description, describe
 from modelport.plugin import Plugins, load_plugins
 from modelport.request import CompletionOutput, Prompt, Request, RequestOutput
 from modelport.sampling_params import SamplingParams
+from modelport.settings import engine_config as engine_config
 
 Message = Mapping[str, Any]
-
-
-def engine_config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
-    """:raises ValueError: an unknown setting (with its near misses) or a value that does not fit."""
-    for name in settings:
-        if name not in EngineConfig.model_fields:
-            close = difflib.get_close_matches(name, EngineConfig.model_fields, n=1)
-            raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    try:
-        return EngineConfig(model=model, **settings)
-    except ValidationError as error:
-        details = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"bad setting: {details}") from None
 
 
 @dataclass
@@ -106,7 +95,7 @@ class Frontend:
         )
         raw_config = read_config(checkpoint, self.plugins)
         about = describe(checkpoint, raw_config, self.plugins, settings)
-        self.config = about.config
+        self.config = about.text
         self.tokenizer: Tokenizer | None = None
         if not settings.skip_tokenizer_init:
             source, source_config = checkpoint, raw_config
@@ -122,9 +111,12 @@ class Frontend:
             self.tokenizer = load_tokenizer(source, source_config, self.plugins)
         self._generation = _generation_config(checkpoint.path)
         self._eos = self._eos_ids()
-        self.engine = Engine(about, self.plugins, settings, progress)
+        self.engine = start_engine(about, self.plugins, settings, progress)
         self.engine.token_text = self.tokenizer.token if self.tokenizer is not None else None
-        self._reader = PromptReader(self.tokenizer, self.config, self._generation, self.engine.max_model_len)
+        self.media = self._media_reader(about) if about.architecture.inputs is not None else None
+        self._reader = PromptReader(
+            self.tokenizer, self.config, self._generation, self.engine.max_model_len, self.media
+        )
         self._random = random.Random(settings.seed)
         self._ids = itertools.count()
 
@@ -145,21 +137,26 @@ class Frontend:
         params = self.default_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, not {type(params).__name__}: {params!r}")
-        encoder_text, encoder_ids = None, None
+        encoder_text, encoder_ids, expanded = None, None, None
         if self.engine.has_encoder:
             (encoder_text, encoder_ids), (text, ids) = self._reader.read_pair(prompt)
+        elif self.media is not None:
+            text, expanded = self._reader.read_media(prompt)
+            ids = expanded.token_ids
         else:
             text, ids = self._reader.read(prompt)
         params.validate_vocab(self.config.vocab_size)
         if params.logits_processors and self.engine.is_remote:
             raise ValueError(
                 "logits_processors are functions, which worker processes are not sent; leave them out, or use "
-                'distributed_executor_backend="inproc"'
+                'executor="inproc"'
             )
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop strings and bad_words need a tokenizer; use stop_token_ids, or load one")
         request_id = str(next(self._ids)) if request_id is None else request_id
         job = Job(request_id, text, ids, params, encoder_text, encoder_ids)
+        if expanded is not None:
+            ids = self._known_ids(expanded, params)
         limit = self.engine.max_model_len
         total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
@@ -181,31 +178,72 @@ class Frontend:
                     job.requests[0] if index else None,
                     encoder_token_ids=encoder_ids or [],
                     forced_token_ids=forced,
+                    media=expanded.media if expanded else (),
+                    spans=all_spans(expanded) if expanded else (),
+                    marks=marks(expanded) if expanded else (),
+                    axes=expanded.axes if expanded else None,
                 )
             )
+        self.engine.check_media(job.requests[0])
         return job
 
-    def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any]) -> Prompt:
+    def _known_ids(self, expanded: Expanded, params: SamplingParams) -> list[int]:
+        """The prompt's ids, 0 for those outside the vocabulary whose embeddings media take the place of."""
+        vocab = self.config.vocab_size
+        outside = [place for place, token in enumerate(expanded.token_ids) if not 0 <= token < vocab]
+        ids = list(expanded.token_ids)
+        items = expanded.media if outside else ()
+        kept = {placed.start + place for placed in items for place in _without_rows(placed.item)}
+        for place in outside:
+            ids[place] = ids[place] if place in kept else 0
+        if params.prompt_logprobs is not None and outside:
+            raise ValueError("prompt_logprobs: placeholders of media have no place in this model's vocabulary")
+        return ids
+
+    def _media_reader(self, about: Description) -> MediaReader:
+        folder, settings = about.checkpoint.path, self.settings
+        files = ProcessorFiles(folder, settings.mm_processor_kwargs)
+        processor = about.architecture.inputs(about.config, about.text, files, self.tokenizer)
+        allowed = settings.allowed_local_media_path
+        limits = MediaLimits(
+            allowed_local_path=None if allowed is None else Path(allowed),
+            allowed_domains=settings.allowed_media_domains,
+        )
+        most = settings.limit_mm_per_prompt
+        return MediaReader(processor, limits, most, about.text.hidden_size, about.architecture.name)
+
+    def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any], trusted: bool = True) -> Prompt:
         """Token ids of a conversation, by the model's chat template (which writes its own special tokens).
 
+        :param trusted: whether messages may name local files.
         :raises ValueError: no tokenizer, no template, or messages that the template refuses.
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer; do not set skip_tokenizer_init")
-        text = self.tokenizer.apply_chat_template(messages, **options)
-        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        if self.media is None:
+            text = self.tokenizer.apply_chat_template(messages, **options)
+            return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        messages, media = place_media(messages)
+        text = render_with_media(self.media.processor, self.tokenizer, messages, media, options)
+        ids = self.media.processor.encode(text, add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids, "multi_modal_data": media, "trusted": trusted}
 
     def _encode_word(self, word: str) -> list[int]:
         return self.tokenizer.encode(word, add_special_tokens=False)
 
     def _eos_ids(self) -> tuple[int, ...]:
         found: dict[int, None] = {}
-        own = self.tokenizer.eos_token_id if self.tokenizer is not None else None
+        own = [self.tokenizer.eos_token_id, *self.tokenizer.turn_end_ids] if self.tokenizer is not None else None
         for ids in (own, self.config.eos_token_id, self._generation.get("eos_token_id")):
             for token in ids if isinstance(ids, list) else [ids]:
                 if token is not None:
                     found[token] = None
         return tuple(found)
+
+
+def _without_rows(item: MediaItem) -> set[int]:
+    """Places of an item whose tokens have embeddings of their own."""
+    return set(range(len(item.token_ids))) - set(item.row_places.tolist())
 
 
 def _generation_config(path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Hooks run while an engine is being built, never inside a step. An implementation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -116,3 +116,16 @@ def transform_model(model: nn.Module, info: ModelInfo) -> None:
 
     Collected. Runs in: every worker.
     """
+
+
+@hookspec
+def register_executors() -> Mapping[str, str]:
+    """Name what can run the places of a divided model, as values of the engine's setting `executor`.
+
+    :return: each name with the `"module:Class"` of its `modelport.parallel.executor.Executor`, imported when it is
+        chosen, and called with the model's description, the plugins, the settings, the limits, and whether to show
+        progress. Of several plugins that offer one name the one asked first wins.
+
+    Collected. Runs in: front end.
+    """
+    return {}

@@ -1,7 +1,8 @@
 """`LLM` for scripts and `AsyncLLM` for servers, with vLLM's names; one engine under both.
 
 Decisions: `LLM` steps the engine in the caller's thread, so a script has no other threads; `AsyncLLM` steps it in one
-thread of its own. Everything is checked before anything runs: a bad prompt in a list costs none of the others.
+thread of its own. Everything is checked before anything runs: a bad prompt in a list costs none of the others. What
+imports torch is imported when an engine is made, so that workers can start to import it at the same time.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import queue
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelport.config import EngineConfig
-from modelport.frontend import Frontend, Job, Message, engine_config
-from modelport.inputs.tokenizer import Tokenizer
-from modelport.request import Prompt, RequestOutput
+from modelport.parallel.fleet import starting
 from modelport.sampling_params import SamplingParams
+from modelport.settings import engine_config
+
+if TYPE_CHECKING:
+    from modelport.frontend import Frontend, Job, Message
+    from modelport.inputs.tokenizer import Tokenizer
+    from modelport.request import Prompt, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +39,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **settings: Any):
-        self._front = Frontend(engine_config(model, settings), progress=sys.stderr.isatty())
+        self._front = _new_frontend(model, settings)
 
     @classmethod
     def over(cls, front: Frontend) -> LLM:
@@ -54,6 +59,14 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when it is given none."""
         return self._front.default_params()
+
+    def restart_workers(self) -> None:
+        """Start the workers of a divided model anew, after one has failed.
+
+        :raises ValueError: the model is not divided.
+        :raises RuntimeError: a worker ended before it was ready; this may be tried again.
+        """
+        self._front.engine.restart_workers()
 
     def generate(
         self,
@@ -158,11 +171,16 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str, **settings: Any):
-        self._front = Frontend(engine_config(model, settings), progress=sys.stderr.isatty())
+        self._front = _new_frontend(model, settings)
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._listeners: dict[int, tuple[Job, asyncio.AbstractEventLoop, asyncio.Queue]] = {}
         self._end: BaseException | None = None  # why the engine runs no more
         self._lock = threading.Lock()  # a listener either registers before the end, and is told, or sees the end
+        self._restarting = threading.Lock()
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        self._end = None
         self._thread = threading.Thread(target=self._work, name="modelport-engine", daemon=True)
         self._thread.start()
 
@@ -183,19 +201,43 @@ class AsyncLLM:
 
         :raises RuntimeError: the engine has failed or was shut down.
         """
-        job = self._front.job(prompt, sampling_params, request_id)
+        if isinstance(prompt, Mapping) and prompt.get("multi_modal_data"):  # reading and preparing them takes its time
+            job = await asyncio.to_thread(self._front.job, prompt, sampling_params, request_id)
+        else:
+            job = self._front.job(prompt, sampling_params, request_id)
         async for output in self._listen(job):
             yield output
 
     async def chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> AsyncIterator[RequestOutput]:
-        """`generate` for a conversation."""
-        async for output in self.generate(self._front.chat_prompt(messages, {}), sampling_params):
+        """`generate` for a conversation; its messages may not name local files, unless a setting allows it."""
+        prompt = await asyncio.to_thread(self._front.chat_prompt, messages, {}, False)
+        async for output in self.generate(prompt, sampling_params):
             yield output
 
+    async def restart_workers(self) -> None:
+        """Start the workers of a divided model anew, after one has failed; requests that run now end with an error.
+
+        :raises ValueError: the model is not divided.
+        :raises RuntimeError: a worker ended before it was ready; this may be tried again.
+        """
+        await asyncio.to_thread(self._restart)
+
+    def _restart(self) -> None:
+        with self._restarting:
+            self._stop_thread()
+            while not self._commands.empty():  # of requests that have ended
+                self._commands.get()
+            self._front.engine.restart_workers()
+            self._start_thread()
+
     def shutdown(self) -> None:
-        """End all requests and the engine's thread; calling it twice is fine."""
+        """End all requests, the engine's thread and its workers; calling it twice is fine."""
+        self._stop_thread()
+        self._front.engine.shutdown()
+
+    def _stop_thread(self) -> None:
         self._commands.put(("stop", None))
         self._thread.join()
 
@@ -255,6 +297,19 @@ class AsyncLLM:
         if listener is not None:
             _, loop, outputs = listener
             loop.call_soon_threadsafe(outputs.put_nowait, what)
+
+
+def _new_frontend(model: str, settings: Mapping[str, Any]) -> Frontend:
+    wanted = engine_config(model, settings)
+    if wanted.node_rank:
+        raise ValueError(
+            f"node_rank={wanted.node_rank}: only machine 0 has an engine; on the others run "
+            f"`modelport generate --node-rank {wanted.node_rank} ...`, with the other settings as they are here"
+        )
+    with starting(wanted):
+        from modelport.frontend import Frontend
+
+        return Frontend(wanted, progress=sys.stderr.isatty())
 
 
 def _signature() -> inspect.Signature:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from modelport.config import EngineConfig
+    from modelport.inputs.processor import InputProcessor
 
 hookimpl = pluggy.HookimplMarker("modelport")
 
@@ -46,6 +47,14 @@ class Architecture:
     :ivar weights: called with the checkpoint's `(name, tensor)` stream, after `rename`, and the configuration; splits,
         stacks, transposes, and yields what the model takes.
     :ivar ignore: patterns (`fnmatch`) of checkpoint tensors that the model does not need, such as stored masks.
+    :ivar inputs: the class that turns images, videos and sounds into what the model reads; None for a model of text.
+    :ivar language: of a model around a language model: the key of the language model's own `config.json` entries
+        (`"text_config"`), or a function that makes them from all entries. Whatever plugin provides that architecture
+        builds it, and `model` is called with the configuration and the built language model, whose tensors it keeps
+        under `language_model`.
+    :ivar model_type: the `model_type` by which such entries name this architecture.
+    :ivar defaults: what such entries may leave out; a `config.json` of its own may not.
+    :ivar files: further files of a tiny instance, by name: `{"preprocessor_config.json": {...}}`.
     :ivar tasks: what the model does; `"generate"` is the only one so far.
     :ivar reference: what proves it right: `"transformers:AcmeForCausalLM"`, or a function (`"module:function"`, or the
         function itself) that takes a dictionary of `config.json` entries and returns an `nn.Module` whose `state_dict`
@@ -65,6 +74,11 @@ class Architecture:
     rename: Mapping[str, str] = field(default_factory=dict)
     weights: Callable[[Iterable[tuple[str, Tensor]], Any], Iterable[tuple[str, Tensor]]] | None = None
     ignore: tuple[str, ...] = ()
+    inputs: type[InputProcessor] | None = None
+    language: str | Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    model_type: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("generate",)
     reference: str | Callable[[dict[str, Any]], nn.Module] | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
@@ -158,6 +172,23 @@ class Plugins:
             if name in self.architectures:
                 return self.architectures[name]
         raise PluginError(self._unknown(names))
+
+    def find_language(self, entries: Mapping[str, Any]) -> Architecture:
+        """The architecture of a language model inside another: by `architectures`, else by `model_type`.
+
+        :param entries: its own `config.json` entries.
+        :raises PluginError: nobody provides it, or several do.
+        """
+        names, kind = list(entries.get("architectures") or ()), entries.get("model_type")
+        found = [a for a in self.architectures.values() if kind is not None and a.model_type == kind]
+        if not found or any(name in self.architectures or name in self.conflicts for name in names):
+            return self.find(names or [f"(of a language model with model_type {kind!r})"])
+        if len(found) > 1:
+            raise PluginError(
+                f"the language model has model_type {kind!r}, under which there are "
+                f"{', '.join(a.name for a in found)}; name one of them in its `architectures`"
+            )
+        return found[0]
 
     def manifest(self) -> Manifest:
         """What a worker process needs to load the same plugins."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modelport.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from modelport.engine.detokenizer import Detokenizer
+    from modelport.inputs.processor import PlacedItem
 
 
 class Logprob(NamedTuple):
@@ -70,6 +74,39 @@ class RequestOutput:
     encoder_prompt_token_ids: list[int] | None = None
 
 
+@dataclass(frozen=True)
+class View:
+    """Neighbours among the media that cross attention reads; tokens see those of them that are not behind.
+
+    :ivar end: the first token that sees them no more.
+    """
+
+    placed: tuple[PlacedItem, ...]
+    end: int
+
+    @property
+    def start(self) -> int:
+        return self.placed[0].start
+
+    @property
+    def num_keys(self) -> int:
+        return sum(placed.item.num_keys for placed in self.placed)
+
+
+def views(media: Sequence[PlacedItem]) -> tuple[View, ...]:
+    """What cross attention reads of a prompt's media, in order."""
+    groups: list[list[PlacedItem]] = []
+    for placed in media:
+        if not placed.item.num_keys:
+            continue
+        if groups and groups[-1][-1].end == placed.start:
+            groups[-1].append(placed)
+        else:
+            groups.append([placed])
+    ends = [*(group[0].start for group in groups[1:]), 1 << 62]
+    return tuple(View(tuple(group), end) for group, end in zip(groups, ends, strict=True)) if groups else ()
+
+
 @dataclass(eq=False)
 class Request:
     """One sequence in the engine; a prompt with `n=3` is three of them.
@@ -79,6 +116,11 @@ class Request:
     :ivar forced_token_ids: place in the output -> the only token that may stand there.
     :ivar length_class: which rotary angles its keys have (`Rope.length_class`).
     :ivar encoder_token_ids: of encoder-decoder models: what the encoder reads; empty otherwise.
+    :ivar media: images, videos and sounds in the prompt, in order.
+    :ivar spans: (start, end) of tokens that see each other, later ones too; they are computed in one step.
+    :ivar marks: (start, end, digest): tokens whose keys depend on more than the ids before them, and on what.
+    :ivar axes: (axes, prompt tokens) int32 rotary positions of the prompt, for models that have several; None where
+        they are the tokens' places.
     :ivar blocks: cache blocks in order, for each group of layers; empty while it has none.
     :ivar block_hashes: hash chain over the full blocks of `token_ids`, as far as it has been needed.
     :ivar num_published: blocks, from the first on, that the cache knows by their hash.
@@ -102,6 +144,10 @@ class Request:
     length_class: int = 0
     forced_token_ids: dict[int, int] = field(default_factory=dict)
     encoder_token_ids: list[int] = field(default_factory=list)
+    media: tuple[PlacedItem, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+    marks: tuple[tuple[int, int, bytes], ...] = ()
+    axes: np.ndarray | None = None
     blocks: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -112,6 +158,11 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.monotonic()))
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """What cross attention reads of its media."""
+        return views(self.media)
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -132,5 +183,6 @@ class Request:
 
 
 Prompt = str | Sequence[int] | dict[str, Any]
-"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; for an encoder-decoder model also
+"""Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`, with `"multi_modal_data": {"image": ...}` beside
+it for a model that takes media (docs/multimodal.md); for an encoder-decoder model also
 `{"encoder_prompt": ..., "decoder_prompt": ...}`, each in one of these forms."""

@@ -6,7 +6,6 @@ results say what.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from modelport.cli.models import markdown
 from modelport.plugin import Architecture, Plugins, load_plugins
 from modelport.testing import check
 from modelport.testing.recording import record
+from modelport.testing.reference import GoldenReference
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -28,9 +28,9 @@ def main() -> int:
     args = parser.parse_args()
     plugins = load_plugins(blocked=[r.name for r in load_plugins().records if not r.builtin])
     goldens: dict[str, list[Path]] = {}
-    for config in sorted(GOLDENS.glob("*/config.json")):
-        for name in json.loads(config.read_text()).get("architectures", ()):
-            goldens.setdefault(name, []).append(config.parent)
+    for folder in sorted(file.parent for file in GOLDENS.glob("*/golden.json")):
+        for name in GoldenReference(folder).architectures(plugins):
+            goldens.setdefault(name, []).append(folder)
     failed: dict[str, list[str]] = {}  # by what went wrong, which many checks may share
     for owner in plugins.records:
         known = ledger.read(owner) or {}

@@ -60,7 +60,8 @@ def test_every_folder_but_kernels_is_a_regular_package() -> None:
 
 def test_every_built_in_plugin_has_an_entry_point() -> None:
     modules = {
-        "modelport.plugins." + ".".join(path.relative_to(ROOT / "plugins").with_suffix("").parts)
+        "modelport.plugins."
+        + ".".join(path.relative_to(ROOT / "plugins").with_suffix("").parts).removesuffix(".__init__")
         for path in (ROOT / "plugins").rglob("*.py")
         if "modelport_api" in path.read_text()
     }
@@ -72,8 +73,9 @@ def test_every_built_in_plugin_has_an_entry_point() -> None:
 def test_every_import_is_a_declared_dependency() -> None:
     """Walks the syntax trees; imports inside functions count as well."""
     extras = PROJECT["project"]["optional-dependencies"]
-    wishes = [*PROJECT["project"]["dependencies"], *extras["gguf"], *extras["demo"], *extras["testing"]]
-    names = {text.split(">")[0].replace("-", "_") for text in wishes}
+    offered = [wish for extra in ("gguf", "demo", "media", "ray", "testing", "tokenizers") for wish in extras[extra]]
+    wishes = [*PROJECT["project"]["dependencies"], *offered]
+    names = {text.split(">")[0].replace("-", "_").replace("Pillow", "PIL") for text in wishes}
     names |= {"modelport", "triton", *sys.stdlib_module_names}  # torch brings triton where it can be used
     missing = set()
     for folder in FOLDERS.values():

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="replace")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = _module(args.command).run(args)
+            status = _serve_node(args) if getattr(args, "node_rank", 0) else _module(args.command).run(args)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -53,6 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         print(f"modelport: error: {describe(error)}", file=sys.stderr)
         return 2
+
+
+def _serve_node(args: argparse.Namespace) -> int:
+    """A machine other than the first runs workers, whatever the command."""
+    from modelport.cli.flags import DEFAULT_MODEL, engine_settings
+    from modelport.parallel.nodes import serve_node
+    from modelport.settings import engine_config
+
+    settings = engine_settings(args)
+    return serve_node(engine_config(settings.pop("model", DEFAULT_MODEL), settings))
 
 
 def describe(error: Exception) -> str:

@@ -105,7 +105,9 @@ def find_targets(
         found |= dict.fromkeys((name, None) for name in architectures)
     else:
         folders = _golden_folders(Path(golden))
-        fitting = [(a, f) for a in architectures for f in folders if a in _architectures(f)] if architectures else []
+        fitting = (
+            [(a, f) for a in architectures for f in folders if a in _architectures(f, plugins)] if architectures else []
+        )
         if architectures and not fitting:
             raise ValueError(
                 f"no golden folder in {golden} is of {', '.join(architectures)}; its config.json says which"
@@ -155,5 +157,7 @@ def _golden_folders(folder: Path) -> list[Path]:
     return inside
 
 
-def _architectures(folder: Path) -> list[str]:
-    return json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or []
+def _architectures(folder: Path, plugins: Plugins) -> list[str]:
+    from modelport.loading.checkpoint import read_config, resolve
+
+    return read_config(resolve(str(folder), None, plugins), plugins)["architectures"]

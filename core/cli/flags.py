@@ -4,6 +4,7 @@ Decision: a flag that is not given is not passed on, so each default lives in on
 """
 
 import argparse
+import json
 import os
 import sys
 import types
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
     from modelport.sampling_params import SamplingParams
 
 DEFAULT_MODEL = "smollm2"
-_NO_FLAG = {"model", "plugins", "blocked_plugins", "skip_tokenizer_init"}  # own flags, or no use without text
-_SHORT = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",)}
+_NO_FLAG = {
+    "model",
+    "plugins",
+    "blocked_plugins",
+    "skip_tokenizer_init",
+    "data_parallel_rank",
+}  # own flags, or no use without text
+_SHORT = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
 _SAMPLING: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "most tokens to write"),
     "temperature": (float, "0 takes the likeliest token, more is more varied"),
@@ -123,7 +130,7 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
 
 def _help(field: "FieldInfo") -> str:
     text = field.description.replace("%", "%%")
-    shown = field.default is not None and not isinstance(field.default, bool) and field.default != "auto"
+    shown = field.default not in (None, "auto", (), {}) and not isinstance(field.default, bool)
     return f"{text} (default: {field.default})" if shown else text
 
 
@@ -135,5 +142,19 @@ def _kind(annotation: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
+    if get_origin(annotation) is tuple:
+        return {"nargs": "+", "metavar": "TEXT"}
+    if get_origin(annotation) is dict:
+        return {"type": _json_object, "metavar": "JSON"}
     assert annotation in (int, float, str), f"no flag for a field of type {annotation}"
     return {"type": annotation, "metavar": {int: "N", float: "X", str: "TEXT"}[annotation]}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"image\": 2}}'")
+    return found

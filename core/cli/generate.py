@@ -16,6 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the prompt; `-`, or nothing in a pipe, reads it from stdin")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message: apply the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
+    for modality in ("image", "video", "audio"):
+        parser.add_argument(
+            f"--{modality}",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help=f"{'an' if modality != 'video' else 'a'} {modality} that the message is about, a file or an address; "
+            "may be repeated; implies --chat",
+        )
     parser.add_argument("--no-stream", dest="stream", action="store_false", help="print the text when it is complete")
     parser.add_argument("-q", "--quiet", action="store_true", help="no timings on stderr")
     add_sampling_flags(parser, max_tokens=256, temperature=0.0)
@@ -32,8 +41,10 @@ def run(args: argparse.Namespace) -> int:
     llm = LLM(**engine_settings(args))
     loaded = time.perf_counter()
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    messages.append({"role": "user", "content": prompt})
-    as_chat = args.chat or args.system is not None
+    media = [{"type": kind, kind: file} for kind in ("image", "video", "audio") for file in getattr(args, kind)]
+    content = [*media, {"type": "text", "text": prompt}] if media else prompt
+    messages.append({"role": "user", "content": content})
+    as_chat = args.chat or args.system is not None or bool(media)
     first = None
     if args.stream:
         shown = 0

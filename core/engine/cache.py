@@ -67,7 +67,7 @@ class Group:
     """Layers whose blocks come and go together.
 
     :ivar window: keys closer than this are read; 0 for all.
-    :ivar cross: holds the encoder's tokens.
+    :ivar cross: holds the encoder's tokens, or media, which every request writes for itself.
     """
 
     pool: BlockPool
@@ -111,7 +111,8 @@ class Cache:
         most = (len(request.token_ids) - 1) // self.block_size  # the last token is computed, for its logits
         self._extend_hashes(request, most * self.block_size)
         known: list[list[int]] = [[] for _ in self.groups]
-        for group, blocks in zip(self.groups, known, strict=True):
+        shared = [(g, blocks) for g, blocks in zip(self.groups, known, strict=True) if not g.cross]
+        for group, blocks in shared:
             for digest in request.block_hashes[:most]:
                 block = group.pool.find(digest)
                 if block is None and not group.window:
@@ -121,15 +122,19 @@ class Cache:
         shorter = True
         while shorter:  # a block that one window misses can shorten what another one needs
             shorter = False
-            for group, blocks in zip(self.groups, known, strict=True):
+            for group, blocks in shared:
                 for index in range(most - 1, self._first_needed(group, most * self.block_size) - 1, -1):
                     if blocks[index] == GONE:  # missed by every beginning that is longer than this
                         most, shorter = index, True
                         break
-        for group, blocks in zip(self.groups, known, strict=True):
+        for group, blocks in shared:
             first = self._first_needed(group, most * self.block_size)
             blocks[:] = [GONE] * first + blocks[first:most]
         return Hit(most * self.block_size, known)
+
+    def room_for_media(self, request: Request) -> bool:
+        """Whether what cross attention reads of `request` fits, were it alone."""
+        return all(self._blocks(g, request, 0) <= g.pool.num_blocks for g in self.groups if g.cross)
 
     def missing(self, request: Request, chunk: int) -> bool:
         """Whether blocks are short for all tokens of `request`, when it computes up to `chunk` of them in a step."""
@@ -169,7 +174,7 @@ class Cache:
         if self.prefix_caching and full > request.num_published:
             self._extend_hashes(request, full * self.block_size)
             for group, blocks in zip(self.groups, request.blocks, strict=True):
-                for index in range(request.num_published, full):
+                for index in range(request.num_published, full) if not group.cross else ():
                     if blocks[index] != GONE:
                         group.pool.publish(blocks[index], request.block_hashes[index])
             request.num_published = full
@@ -191,7 +196,12 @@ class Cache:
         request.num_published = 0
 
     def _blocks(self, group: Group, request: Request, num_tokens: int) -> int:
-        return self.blocks_for(len(request.encoder_token_ids) if group.cross else num_tokens)
+        if not group.cross:
+            return self.blocks_for(num_tokens)
+        # Every view begins with a block, so that it can be read by itself.
+        return self.blocks_for(len(request.encoder_token_ids)) + sum(
+            self.blocks_for(view.num_keys) for view in request.views
+        )
 
     def _first_needed(self, group: Group, num_tokens: int) -> int:
         """First block that the token after `num_tokens` reads."""
@@ -203,4 +213,11 @@ class Cache:
         for index in range(len(hashes), num_tokens // size):
             tokens = array("q", request.token_ids[index * size : (index + 1) * size])
             parent = hashes[-1] if hashes else root
-            hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+            marks = _marks(request, index * size, (index + 1) * size) if request.marks else b""
+            hashes.append(blake2b(parent + tokens.tobytes() + marks, digest_size=16).digest())
+
+
+def _marks(request: Request, start: int, end: int) -> bytes:
+    """What else the keys of these tokens depend on, and where it lies among them."""
+    found = ((first - start, digest) for first, last, digest in request.marks if first < end and last > start)
+    return b"".join(b"%d:" % offset + digest for offset, digest in found)

@@ -6,24 +6,29 @@ with one request ends that request alone.
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 from modelport.config import EngineConfig
 from modelport.engine.cache import Cache
-from modelport.engine.memory import Limits, attach_memory
+from modelport.engine.media import MediaCache
+from modelport.engine.memory import Limits, Memory, attach_memory
 from modelport.engine.runner import Runner, StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan, Scheduler
 from modelport.loading.model import Description, build
-from modelport.modeling.rope import find_by_length
-from modelport.parallel.executor import start_executor
+from modelport.modeling.rope import Rope, find_by_length
+from modelport.parallel.executor import Executor, start_executor
 from modelport.plugin import Plugins
 from modelport.request import Logprob, Request
 
 logger = logging.getLogger(__name__)
-CHUNK = 256
+CHUNK = {"cpu": 256, "cuda": 4096}
 """Tokens in one step when the user does not say: long enough for good matrix products, short enough that running
 requests wait little for somebody's prompt."""
+
+MEDIA_ROWS = 8192
+"""Rows of encoded images, videos and sounds that are kept, if the longest request has no more."""
 
 
 class Engine:
@@ -34,12 +39,12 @@ class Engine:
     """
 
     def __init__(self, about: Description, plugins: Plugins, settings: EngineConfig, progress: bool = False):
-        limit = about.config.max_position_embeddings
+        limit = about.text.max_position_embeddings
         if settings.max_model_len is not None and settings.max_model_len > limit:
             raise ValueError(
                 f"max_model_len={settings.max_model_len} exceeds the {limit} positions of {about.checkpoint.name!r}"
             )
-        chunk = settings.max_num_batched_tokens or max(CHUNK, settings.max_num_seqs or 0)
+        chunk = settings.max_num_batched_tokens or max(CHUNK.get(about.device.type, 256), settings.max_num_seqs or 0)
         seqs = settings.max_num_seqs or min(256, chunk)
         if chunk < seqs:
             raise ValueError(
@@ -47,15 +52,18 @@ class Engine:
                 " raise the first or lower the second"
             )
         wanted = settings.max_model_len or limit
-        limits = Limits(wanted, seqs, chunk)
+        inputs = about.architecture.inputs
+        span = 0 if inputs is None else wanted if inputs.longest_span is None else inputs.longest_span
+        limits = Limits(wanted, seqs, max(chunk, span))
         self.is_remote = False
-        if settings.num_places == 1:
+        self._executor: Executor | None = None
+        if settings.num_places == settings.data_parallel_size == 1:
             self.model = build(about, plugins, settings, wanted, progress)
             memory = attach_memory(self.model, settings, about.dtype, about.device, limits)
             rope = find_by_length(self.model)
             self.runner = Runner(
                 self.model,
-                about.config.vocab_size,
+                about.text.vocab_size,
                 memory.num_rows,
                 memory.max_model_len,
                 settings.block_size,
@@ -65,13 +73,46 @@ class Engine:
                 by_length=rope is not None,
             )
         else:
-            self.runner = start_executor(about, plugins, settings, limits, progress)
+            self.runner = self._executor = start_executor(about, plugins, settings, limits, progress)
             self.model, memory, rope = self.runner.model, self.runner.memory, self.runner.rope
             self.is_remote = self.runner.is_remote
+        self._settings, self._inputs, self._chunk = settings, inputs, chunk
+        self._open(memory, rope)
+        self.token_text: Callable[[int], str] | None = None  # text of one token, for log-probabilities
+
+    def _open(self, memory: Memory, rope: Rope | None) -> None:
+        """An empty cache and empty queues."""
+        settings, chunk, inputs = self._settings, self._chunk, self._inputs
         self.max_model_len = memory.max_model_len
         self.cache = Cache(memory.groups, settings.block_size, settings.enable_prefix_caching and memory.shareable)
-        self.scheduler = Scheduler(self.cache, memory.num_rows, chunk, rope.length_class if rope else None)
-        self.token_text: Callable[[int], str] | None = None  # text of one token, for log-probabilities
+        rows = MEDIA_ROWS * (4 if any(group.cross for group in memory.groups) else 1)
+        self._flying: deque[Plan] = deque()
+        self._depth = 1
+        if self._executor is not None and inputs is None and rope is None and not self.has_encoder:
+            self._depth = settings.pipeline_parallel_size
+        media = None if inputs is None else MediaCache(max(memory.max_model_len, rows), chunk)
+        self.scheduler = Scheduler(self.cache, memory.num_rows, chunk, rope.length_class if rope else None, media)
+
+    def shutdown(self) -> None:
+        """End the processes of a divided model; no step follows."""
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    def restart_workers(self) -> None:
+        """Start the places of a divided model anew, after one has failed or to have fresh ones.
+
+        Requests that are in the engine end with an error; what the cache held is lost.
+
+        :raises ValueError: the model is not divided.
+        :raises RuntimeError: a worker ended before it was ready; this may be tried again.
+        """
+        if self._executor is None:
+            raise ValueError("restart_workers: this model runs in one place and has no workers; make a new engine")
+        for request in (*self.scheduler.running, *self.scheduler.all_waiting()):
+            self._end(request, "error", "the workers were restarted")
+        self._executor.restart()
+        self.model = self._executor.model
+        self._open(self._executor.memory, self._executor.rope)
 
     @property
     def has_encoder(self) -> bool:
@@ -81,6 +122,16 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def check_media(self, request: Request) -> None:
+        """:raises ValueError: cross attention to its media needs more room than there is."""
+        most = max((view.num_keys for view in request.views), default=0)
+        if most and (most > self.scheduler.media.capacity or not self.cache.room_for_media(request)):
+            keys = sum(view.num_keys for view in request.views)
+            raise ValueError(
+                f"the media of the prompt have {keys} keys, for which the cache has no room; send fewer or smaller "
+                "ones, or raise kv_cache_memory_bytes or num_kv_blocks"
+            )
 
     def add(self, request: Request) -> None:
         if request.params.prompt_logprobs is not None:
@@ -94,25 +145,59 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Run one step; the requests that got a token or ended."""
+        if self._depth > 1:
+            self.begin()
+            return self.finish()
         plan = self.scheduler.plan()
         if not plan.requests:
             return []
         return self._settle(plan, self.runner.step(plan))
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether `finish` has something to settle."""
+        return bool(self._flying)
+
+    def waits_on(self) -> list[object]:
+        """As `Executor.waits_on`."""
+        return self._executor.waits_on()
+
+    def begin(self) -> None:
+        """Keep a step for each stage of a divided model under way."""
+        while len(self._flying) < self._depth:
+            plan = self.scheduler.plan(self._depth)
+            if not plan.requests:
+                break
+            self._executor.submit(plan)
+            self.scheduler.send_off(plan)
+            self._flying.append(plan)
+
+    def finish(self) -> list[Request]:
+        """Settle the oldest step that is under way, as `step` does."""
+        if not self._flying:
+            return []
+        result = self._executor.collect()
+        plan = self._flying.popleft()
+        self.scheduler.back(plan)
+        return self._settle(plan, result)
+
     def _settle(self, plan: Plan, result: StepResult) -> list[Request]:
         now = time.monotonic()
         touched = []
         for index, (request, count) in enumerate(zip(plan.requests, plan.counts, strict=True)):
+            if request.finished:  # somebody ended it while its step was under way
+                continue
             if index in result.prompt_logprobs:
                 del request.prompt_logprobs[request.num_computed + 1 :]  # scored again after a preemption
                 following = request.token_ids[request.num_computed + 1 :]
                 for token, found in zip(following, result.prompt_logprobs[index], strict=False):
                     request.prompt_logprobs.append(self._named(token, found))
-            self.scheduler.computed(request, count)
-            if index in result.errors:
+            if index in result.errors:  # what it has computed is not to be shared
                 self._end(request, "error", result.errors[index])
                 touched.append(request)
-            elif result.token_ids[index] >= 0:
+                continue
+            self.scheduler.computed(request, count)
+            if result.token_ids[index] >= 0:
                 if request.metrics.first_token_time is None:
                     request.metrics.first_token_time = now
                 self._take(request, result.token_ids[index], result.logprobs.get(index))

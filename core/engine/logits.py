@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modelport.engine.transfer import to_device
 from modelport.sampling_params import SamplingParams, takes_prompt
 
 Pairs = list[tuple[int, np.ndarray]]
@@ -99,7 +100,7 @@ class LogitsEdits:
         if pairs:
             index, flat = self._index(pairs, x.device), x.view(-1)
             kept = flat[index]
-            x[torch.tensor([row for row, _ in pairs], device=x.device)] = -torch.inf
+            x[to_device(np.array([row for row, _ in pairs]), x.device)] = -torch.inf
             flat[index] = kept
 
     def _ban(self, x: Tensor, pairs: Pairs) -> None:
@@ -108,7 +109,7 @@ class LogitsEdits:
 
     def _bias(self, x: Tensor, edits: list[tuple[int, _Edit]]) -> None:
         if edits:
-            bias = torch.from_numpy(np.concatenate([edit.bias for _, edit in edits])).to(x.device)
+            bias = to_device(np.concatenate([edit.bias for _, edit in edits]), x.device)
             x.view(-1)[self._index([(row, edit.bias_ids) for row, edit in edits], x.device)] += bias
 
     def _penalise(self, x: Tensor, edits: list[tuple[int, _Edit]]) -> None:
@@ -124,8 +125,8 @@ class LogitsEdits:
             return
         index, flat = self._index(pairs, x.device), x.view(-1)
         settings = np.repeat(np.array(settings, dtype=np.float32), [len(ids) for _, ids in pairs], axis=0)
-        repetition, frequency, presence = torch.from_numpy(settings.T.copy()).to(x.device)
-        count = torch.from_numpy(np.concatenate(counts).astype(np.float32)).to(x.device)
+        repetition, frequency, presence = to_device(settings.T.copy(), x.device)
+        count = to_device(np.concatenate(counts).astype(np.float32), x.device)
         old = flat[index]
         new = torch.where(old > 0, old / repetition, old * repetition)
         flat[index] = new - frequency * count - presence * (count > 0)
@@ -133,7 +134,7 @@ class LogitsEdits:
     def _index(self, pairs: Pairs, device: torch.device) -> Tensor:
         """Where the pairs lie in x.view(-1)."""
         starts = np.repeat([row * self.vocab_size for row, _ in pairs], [len(ids) for _, ids in pairs])
-        return torch.from_numpy(np.concatenate([ids for _, ids in pairs]) + starts).to(device)
+        return to_device(np.concatenate([ids for _, ids in pairs]) + starts, device)
 
 
 @dataclass(eq=False)

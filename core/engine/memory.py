@@ -57,6 +57,10 @@ def cache_budget(device: torch.device) -> int:
     return int(available * 0.85) if device.type == "cuda" else min(available // 2, DEFAULT_CPU_CACHE)
 
 
+MEDIA_KEYS = 1 << 13
+"""Keys that cross attention to media of one request has room for, memory permitting, however short a request may be."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an engine wants room for.
@@ -118,19 +122,22 @@ def attach_memory(
     recurrent = [layer for layer in layers if isinstance(layer.cache_spec, StateSpec)]
     budget = settings.kv_cache_memory_bytes or cache_budget(device)
     if place is not None and device.type == "cpu" and settings.kv_cache_memory_bytes is None:
-        budget //= place.tp_size * place.pp_size  # they share the machine's memory
+        budget //= place.tp_size * place.pp_size * settings.data_parallel_size  # they share the machine's memory
     row = sum(layer.cache_spec.bytes_per_row(dtype) for layer in recurrent)
     if row and settings.max_num_seqs is None:
         num_rows = max(1, min(num_rows, budget // 2 // row))
     if place is not None:
         num_rows = place.least(num_rows)
     size = settings.block_size
+    kept = dtype if settings.kv_cache_dtype == "auto" else torch.float8_e4m3fn
     bytes_of = [
-        sum(s.bytes_per_block(size, dtype) for s in (p.cache_spec for p in paged) if (s.window, s.cross) == kind)
+        sum(s.bytes_per_block(size, kept) for s in (p.cache_spec for p in paged) if (s.window, s.cross) == kind)
         for kind in kinds
     ]
     per_row = [min(-(-max_model_len // size), most_blocks(window, chunk, size)) for window, _ in kinds]
-    limits = [num_rows * blocks for blocks in per_row]
+    reads_media = not hasattr(model, "encode")
+    least = [-(-MEDIA_KEYS // size) if cross and reads_media else 0 for _, cross in kinds]
+    limits = [num_rows * max(pair) for pair in zip(per_row, least, strict=True)]
     if settings.num_kv_blocks is not None:
         blocks = settings.num_kv_blocks
     else:
@@ -144,7 +151,7 @@ def attach_memory(
     for layer in paged:
         spec, group = layer.cache_spec, kinds.index((layer.cache_spec.window, layer.cache_spec.cross))
         k_cache, v_cache = (
-            zeros((counts[group], spec.num_kv_heads, size, dim), dtype, device) if dim else None for dim in spec.dims
+            zeros((counts[group], spec.num_kv_heads, size, dim), kept, device) if dim else None for dim in spec.dims
         )
         layer.attach(k_cache, v_cache, group)
     states = []
@@ -153,7 +160,7 @@ def attach_memory(
         mine = [zeros((num_rows, *s), d or dtype, device) for s, d in zip(spec.shapes, spec.dtypes, strict=True)]
         layer.attach(*mine)
         states.extend(mine)
-    shareable = bool(kinds) and not recurrent and not any(cross for _, cross in kinds)
+    shareable = bool(kinds) and not recurrent and (reads_media or not any(cross for _, cross in kinds))
     if place is not None:
         shareable = bool(place.least(shareable))
     return Memory(groups, num_rows, max_model_len, shareable, states)

@@ -94,7 +94,7 @@ class Recorder:
     def _record(self, key: tuple, tensors: list[Tensor], token_ids: Tensor, batch: Batch) -> Tensor:
         inputs = [_with_room(tensor) for tensor in tensors]
         fixed = iter(inputs)
-        static_ids, static_batch = next(fixed), _rebuilt(batch, fixed)
+        static_ids, static_batch = next(fixed), rebuilt(batch, fixed)
         watch, tape = _Watch(self._memory), cpu.lib.record()
         try:
             with watch, _Guard(watch):
@@ -315,15 +315,15 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
+def rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
     """The same with other tensors."""
     if isinstance(value, Tensor):
         return next(tensors)
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-        return type(value)(**{name: _rebuilt(getattr(value, name), tensors) for name in names})
+        return type(value)(**{name: rebuilt(getattr(value, name), tensors) for name in names})
     if isinstance(value, tuple):
-        return tuple(_rebuilt(part, tensors) for part in value)
+        return tuple(rebuilt(part, tensors) for part in value)
     return value
 
 

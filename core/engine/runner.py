@@ -5,21 +5,28 @@ array arithmetic over the rows it uses and copies nothing that has not changed. 
 """
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modelport.batch import Batch, Encoded, Pages
+from modelport.batch import Batch, Encoded, Media, Pages
 from modelport.engine.cache import Group
+from modelport.engine.crossing import Crossing, crossing
+from modelport.engine.graphs import GraphRecorder
 from modelport.engine.recording import Recorder
 from modelport.engine.sampler import Sampler, TokenLogprobs, prompt_logprobs
 from modelport.engine.scheduler import Plan
+from modelport.engine.transfer import to_device
+from modelport.inputs.processor import MediaItem, PlacedItem
 from modelport.kernels import cpu
 from modelport.modeling.decoder import Model, forward
 from modelport.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,8 +68,11 @@ class Runner:
         self.model, self.device, self.block_size = model, device, block_size
         self._forward = functools.partial(forward, model)  # a part of a model has another way
         self.sampler = Sampler(vocab_size, num_slots, device)
-        recorded = device.type == "cpu" and cpu.lib is not None
-        self.recorder = Recorder(self._decode, states) if recorded else None
+        self.recorder: Recorder | GraphRecorder | None = None
+        if device.type == "cuda":
+            self.recorder = GraphRecorder(self._decode, states)
+        elif cpu.lib is not None:
+            self.recorder = Recorder(self._decode, states)
         self.on_logits: Callable[[Tensor], None] | None = None  # sees every row of logits in order; for checks
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
@@ -72,6 +82,13 @@ class Runner:
         self._num_blocks = np.zeros((len(groups), num_slots), dtype=np.int32)
         self._encoder_lens = np.zeros(num_slots, dtype=np.int32)
         self._outputs: list[list[int]] = [[] for _ in range(num_slots)]
+        self._axes = np.zeros((getattr(model, "num_axes", 0), num_slots, max_model_len), dtype=np.int32)
+        self._media: dict[bytes, Tensor] = {}  # rows of encoded items
+        self._media_errors: dict[bytes, str] = {}  # why an item's rows are NaN
+        self._takes_media = self._encodes = hasattr(model, "embed_media")
+        # an encoder's tokens are the same for all of a sequence; of media a row sees those before it
+        self._reads_encoder = hasattr(model, "encode")
+        self._crosses = any(group.cross for group in groups) and not self._reads_encoder
 
     @torch.inference_mode()
     def step(self, plan: Plan) -> StepResult:
@@ -81,12 +98,17 @@ class Runner:
         for request in plan.joined:
             self._join(request)
         slots, computed, lengths, counts = self._rows(plan)
-        token_ids, batch = self._batch(plan, slots, computed, counts)
         result = StepResult([-1] * len(slots))
+        if self._encodes:
+            self._encode_media(plan)
+            result.errors.update(self._media_errors_of(plan))
+        token_ids, batch = self._batch(plan, slots, computed, counts)
         done = np.flatnonzero(computed + counts == lengths)
         scored = {i: r for i, r in enumerate(plan.requests) if r.wants_prompt_logprobs}
         logits = None
-        if self.recorder is not None and len(done) == len(token_ids) and not plan.joined and not scored:
+        single = len(done) == len(token_ids) and not plan.joined and not scored
+        sees_media = batch.encoded is not None and batch.encoded.rows is not None  # its rows cannot be filled up
+        if self.recorder is not None and single and not (sees_media and isinstance(self.recorder, GraphRecorder)):
             logits = self.recorder.run(token_ids, batch)
         if logits is None:
             state = self._forward(token_ids, batch)
@@ -99,6 +121,91 @@ class Runner:
                 self.on_logits(logits)
             self._sample(result, logits, slots, lengths, done)
         return result
+
+    def _encode_media(self, plan: Plan) -> None:
+        """Make the rows that this step needs, all items of a modality in one call; drop those that are not kept."""
+        for digest in plan.forget:
+            self._media.pop(digest, None)
+            self._media_errors.pop(digest, None)
+        for modality in dict.fromkeys(item.modality for item in plan.encode):
+            items = [item for item in plan.encode if item.modality == modality]
+            given = [item for item in items if item.embeds is not None]
+            self._keep_rows(given, [item.embeds for item in given])
+            items = [item for item in items if item.embeds is None]
+            try:
+                self._keep_rows(items, self._embed_media(modality, items))
+            except Exception as error:
+                if len(items) == 1:
+                    self._note_unusable(items[0], error)
+                    continue
+                for item in items:  # one of them fails, and the others shall not
+                    try:
+                        self._keep_rows([item], self._embed_media(modality, [item]))
+                    except Exception as error:
+                        self._note_unusable(item, error)
+
+    def _embed_media(self, modality: str, items: list[MediaItem]) -> list[Tensor]:
+        if not items:
+            return []
+        tensors = [{name: t.to(self.device, non_blocking=True) for name, t in i.tensors.items()} for i in items]
+        return self.model.embed_media(modality, tensors)
+
+    def _keep_rows(self, items: list[MediaItem], rows: list[Tensor]) -> None:
+        for item, found in zip(items, rows, strict=True):
+            if len(found) != item.num_rows:
+                raise ValueError(
+                    f"embed_media gave {len(found)} rows for {item.num_rows} tokens of one {item.modality}"
+                )
+            if not torch.isfinite(found).all():
+                raise ValueError(f"what the model makes of this {item.modality} is not finite")
+            self._media[item.digest] = found.to(self.device)
+
+    def _note_unusable(self, item: MediaItem, error: Exception) -> None:
+        logger.warning("a %s could not be encoded", item.modality, exc_info=error)
+        self._media_errors[item.digest] = f"the {item.modality} could not be encoded: {error}"
+        if not item.num_keys:
+            self._media[item.digest] = torch.full((item.num_rows, 1), torch.nan, device=self.device)
+
+    def _media_errors_of(self, plan: Plan) -> dict[int, str]:
+        if not self._media_errors:
+            return {}
+        return {
+            index: self._media_errors[placed.item.digest]
+            for index, (request, count) in enumerate(zip(plan.requests, plan.counts, strict=True))
+            for placed in _reached(request, count)
+            if placed.item.digest in self._media_errors
+        }
+
+    def _media_rows(self, plan: Plan, starts: np.ndarray) -> Media | None:
+        """Rows of this step that media take."""
+        rows, states = [], []
+        for request, count, first in zip(plan.requests, plan.counts, starts.tolist(), strict=False):
+            for placed in _reached(request, count) if request.media else ():
+                places = placed.item.row_places + (placed.start - request.num_computed)
+                low, high = np.searchsorted(places, (0, count))
+                if low < high:
+                    rows.append(places[low:high] + first)
+                    found = self._media[placed.item.digest]
+                    states.append(found[low:high].expand(-1, self._media_width(found)))
+        if not rows:
+            return None
+        return Media(self._tensor(np.concatenate(rows).astype(np.int64)), torch.cat(states))
+
+    def _media_width(self, found: Tensor) -> int:
+        """Of rows that could not be made, whatever the others have."""
+        return max(found.shape[1], *(kept.shape[1] for kept in self._media.values()))
+
+    def _ends(self, plan: Plan, positions: np.ndarray, starts: np.ndarray) -> Tensor | None:
+        """How many keys each row sees, when some see later ones."""
+        ends = None
+        for index, request in enumerate(plan.requests):
+            for start, end in request.spans:
+                first, last = max(start, request.num_computed), min(end, request.num_computed + plan.counts[index])
+                if first < last:
+                    ends = (positions + 1).astype(np.int32) if ends is None else ends
+                    row = starts[index] - request.num_computed
+                    ends[row + first : row + last] = end
+        return None if ends is None else self._tensor(ends)
 
     def _decode(self, token_ids: Tensor, batch: Batch) -> Tensor:
         """Logits of every row."""
@@ -119,6 +226,18 @@ class Runner:
         self._token_ids[slot, : len(request.token_ids)] = request.token_ids
         self._num_blocks[:, slot] = 0
         self._encoder_lens[slot] = len(request.encoder_token_ids)
+        if len(self._axes):
+            self._seat_axes(request)
+
+    def _seat_axes(self, request: Request) -> None:
+        """Positions of a prompt as its media say; those after it count on from the largest."""
+        rest = np.arange(self._axes.shape[2], dtype=np.int32)
+        row, known = self._axes[:, request.slot], 0
+        if request.axes is not None:
+            known = request.axes.shape[1]
+            row[:, :known] = request.axes
+            rest = rest[: len(rest) - known] + (int(request.axes.max()) + 1)
+        row[:, known:] = rest
 
     def _join(self, request: Request) -> None:
         self._seat(request)
@@ -137,7 +256,11 @@ class Runner:
 
     def _note_blocks(self, request: Request) -> None:
         slot = request.slot
-        for table, counts, blocks in zip(self._blocks, self._num_blocks, request.blocks, strict=True):
+        for group, table, counts, blocks in zip(
+            self._groups, self._blocks, self._num_blocks, request.blocks, strict=True
+        ):
+            if group.cross and self._crosses:  # read from the request: as many as its media need
+                continue
             known = counts[slot]
             if len(blocks) > known:
                 table[slot, known : len(blocks)] = blocks[known:]
@@ -153,13 +276,15 @@ class Runner:
         else:
             rows = np.repeat(slots, counts)
             positions = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1] - computed, counts)
-        crosses = any(group.cross for group in self._groups)
+        crossed = self._crossing(plan, starts) if self._crosses else None
         batch = Batch(
             positions=self._tensor(positions),
             query_starts=self._tensor(starts),
             seq_lens=self._tensor(seq_lens),
             pages=tuple(
-                self._cross_pages(table, plan, slots)
+                self._media_pages(crossed)
+                if group.cross and self._crosses
+                else self._cross_pages(table, plan, slots)
                 if group.cross
                 else self._pages(table, slots, int(seq_lens.max()), rows, positions)
                 for group, table in zip(self._groups, self._blocks, strict=True)
@@ -167,7 +292,10 @@ class Runner:
             state_slots=self._tensor(slots),
             max_query_len=max_query_len,
             length_classes=self._length_classes(plan) if self.by_length else None,
-            encoded=self._encode(plan, rows, slots) if crosses else None,
+            encoded=self._encode(plan, rows, slots, starts) if self._reads_encoder else self._seen(crossed),
+            media=self._media_rows(plan, starts) if self._media else None,
+            ends=self._ends(plan, positions, starts) if self._takes_media and max_query_len > 1 else None,
+            axes=tuple(self._tensor(axis[rows, positions].astype(np.int64)) for axis in self._axes) or None,
         )
         return self._tensor(self._token_ids[rows, positions].astype(np.int64)), batch
 
@@ -189,14 +317,42 @@ class Runner:
         longest = int(self._encoder_lens[slots].max())
         return self._pages(table, slots, longest, np.repeat(joined, lens), positions)
 
-    def _encode(self, plan: Plan, rows: np.ndarray, slots: np.ndarray) -> Encoded:
+    def _crossing(self, plan: Plan, starts: np.ndarray) -> Crossing | None:
+        group = next(number for number, group in enumerate(self._groups) if group.cross)
+        return crossing(plan, starts.tolist(), group, self.block_size, self._media)
+
+    def _media_pages(self, crossed: Crossing | None) -> Pages:
+        if crossed is None:
+            return Pages(self._tensor(np.zeros((0, 1), np.int32)), self._tensor(np.zeros(0, np.int64)))
+        return Pages(self._tensor(crossed.block_table), self._tensor(crossed.slots))
+
+    def _seen(self, crossed: Crossing | None) -> Encoded | None:
+        """What cross attention reads of media, if any row sees some."""
+        if crossed is None:
+            return None
+        return Encoded(
+            torch.cat([self._media[digest] for digest in crossed.written]) if crossed.written else None,
+            self._tensor(crossed.lens),
+            self._tensor(crossed.ends),
+            self._tensor(crossed.query_starts),
+            int(np.diff(crossed.query_starts).max()),
+            self._tensor(crossed.rows),
+        )
+
+    def _encode(self, plan: Plan, rows: np.ndarray, slots: np.ndarray, query_starts: np.ndarray) -> Encoded:
         states = None
         if plan.joined:
             token_ids = np.concatenate([np.asarray(r.encoder_token_ids, np.int64) for r in plan.joined])
             starts = np.cumsum([0, *(len(r.encoder_token_ids) for r in plan.joined)], dtype=np.int32)
             states = self.model.encode(self._tensor(token_ids), self._tensor(starts))
         lens = self._encoder_lens
-        return Encoded(states, self._tensor(lens[slots]), self._tensor(lens[rows]))
+        return Encoded(
+            states,
+            self._tensor(lens[slots]),
+            self._tensor(lens[rows]),
+            self._tensor(query_starts),
+            int(np.diff(query_starts).max()),
+        )
 
     def _sample(
         self, result: StepResult, logits: Tensor, slots: np.ndarray, lengths: np.ndarray, done: np.ndarray
@@ -236,4 +392,15 @@ class Runner:
         return self.model.lm_head(self.model.finish(picked))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
+
+
+def _reached(request: Request, count: int) -> Iterator[PlacedItem]:
+    """The media of which this step computes tokens."""
+    end = request.num_computed + count
+    seen = {id(placed) for view in request.views if view.end > request.num_computed for placed in view.placed}
+    return (
+        placed
+        for placed in request.media
+        if placed.start < end and (placed.end > request.num_computed or id(placed) in seen)
+    )

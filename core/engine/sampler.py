@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modelport.engine.logits import LogitsEdits
+from modelport.engine.transfer import to_device, to_host
 from modelport.kernels.argmax import argmax
 from modelport.kernels.draw import draw, uniform
 from modelport.sampling_params import SamplingParams
@@ -141,7 +142,7 @@ class Sampler:
             found = _score(logits[where], tokens[where], int(wanted.max()))
             for row, k, entry in zip(rows.tolist(), wanted.tolist(), found, strict=True):
                 logprobs[row] = TokenLogprobs(entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k])
-        token_ids, best = tokens.cpu().numpy(), best.cpu().numpy()
+        token_ids, best = to_host(tokens, best)
         for row in np.flatnonzero(~np.isfinite(best)).tolist():
             errors.setdefault(row, _why_not(best[row], slots[row]))
         for row in errors:
@@ -149,7 +150,7 @@ class Sampler:
         return SamplerOutput(token_ids, logprobs, errors)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
 
 @torch.inference_mode()

@@ -11,17 +11,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from modelport.engine.cache import Cache
+from modelport.engine.media import MediaCache
+from modelport.inputs.processor import MediaItem
 from modelport.request import Request
 
 
 @dataclass
 class Plan:
-    """One step: requests, how many tokens each computes, and what changed in the set of rows since the last step."""
+    """One step: requests, how many tokens each computes, and what changed in the set of rows since the last step.
+
+    :ivar encode: media whose rows this step needs and the runner lacks.
+    :ivar forget: digests of media whose rows the runner drops.
+    """
 
     requests: list[Request] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     joined: list[Request] = field(default_factory=list)
     left: list[int] = field(default_factory=list)  # slots given back
+    encode: list[MediaItem] = field(default_factory=list)
+    forget: list[bytes] = field(default_factory=list)
 
 
 class Scheduler:
@@ -30,6 +38,7 @@ class Scheduler:
     :param max_num_seqs: most running requests; also the number of slots.
     :param max_num_batched_tokens: most tokens in one step.
     :param length_class: `Rope.length_class` of a model whose rotary angles depend on length.
+    :param media: of a model that takes media.
     """
 
     def __init__(
@@ -38,18 +47,23 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         length_class: Callable[[int, int], int] | None = None,
+        media: MediaCache | None = None,
     ):
-        self._length_class = length_class
+        self._length_class, self.media = length_class, media
         self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
         self.waiting: OrderedDict[Request, None] = OrderedDict()  # a queue that anybody can leave
         self.running: list[Request] = []
         self._followers: dict[int, list[Request]] = {}  # id of a leader -> those that wait for its prompt
         self._slots = list(range(max_num_seqs - 1, -1, -1))
         self._left: list[int] = []
+        self._away: set[Request] = set()  # in steps whose results are not back
 
     @property
     def num_waiting(self) -> int:
         return len(self.waiting) + sum(map(len, self._followers.values()))
+
+    def all_waiting(self) -> list[Request]:
+        return [*self.waiting, *(follower for several in self._followers.values() for follower in several)]
 
     def add(self, request: Request) -> None:
         if request.leader is not None and self.cache.prefix_caching:
@@ -57,18 +71,33 @@ class Scheduler:
         else:
             self.waiting[request] = None
 
-    def plan(self) -> Plan:
-        """Choose the next step; blocks for it are taken. Empty when nothing can run."""
+    def plan(self, parts: int = 1) -> Plan:
+        """Choose the next step; blocks for it are taken. Empty when nothing can run.
+
+        :param parts: how many steps are under way at once; each gets so much of the requests.
+        """
+        most = -(-(len(self.running) + min(len(self.waiting), len(self._slots))) // parts)
         plan, budget = Plan(), self.max_num_batched_tokens
         if self._length_class is not None:
             self._recompute_outgrown()
+        if self.media is not None:
+            self.media.begin()
         index, preempted = 0, False
-        while index < len(self.running) and budget > 0:
+        while index < len(self.running) and budget > 0 and len(plan.requests) < most:
             request = self.running[index]
+            if request in self._away:
+                index += 1
+                continue
             count = min(len(request.token_ids) - request.num_computed, budget)
+            if request.media or request.spans:
+                count = self._reach(request, request.num_computed, count)
+                if not count:  # its media wait for the next step
+                    index += 1
+                    continue
             while not self.cache.grow(request, request.num_computed + count):
                 preempted = True
-                victim = self.running.pop()
+                victim = next(r for r in reversed(self.running) if r not in self._away)
+                self.running.remove(victim)
                 self._preempt(victim)
                 if victim is request:
                     break
@@ -79,7 +108,7 @@ class Scheduler:
                 index += 1
                 continue
             break
-        while self.waiting and self._slots and budget > 0 and not preempted:
+        while self.waiting and self._slots and budget > 0 and not preempted and len(plan.requests) < most:
             request = next(iter(self.waiting))
             count = self._admit(request, budget)
             if not count:
@@ -90,13 +119,25 @@ class Scheduler:
             plan.counts.append(count)
             plan.joined.append(request)
             budget -= count
-        plan.left, self._left = self._left, []
+        if plan.requests:
+            plan.left, self._left = self._left, []
+        if self.media is not None:
+            plan.encode, plan.forget = self.media.encode, self.media.forget
         return plan
+
+    def send_off(self, plan: Plan) -> None:
+        """Its requests are in no other plan until they are `back`."""
+        self._away.update(plan.requests)
+
+    def back(self, plan: Plan) -> None:
+        self._away.difference_update(plan.requests)
 
     def computed(self, request: Request, count: int) -> None:
         """Note that a step wrote the keys of `count` more tokens of `request`."""
         request.num_computed += count
         self.cache.computed(request)
+        if request.media:
+            self.media.computed(request)
         if self._followers and request.num_computed >= request.num_prompt_tokens:
             self._release_followers(request)
 
@@ -128,8 +169,16 @@ class Scheduler:
             self.cache.release(request)
             return 0
         count = min(len(request.token_ids) - hit.num_tokens, budget)
+        if request.media or request.spans:
+            count = self._reach(request, hit.num_tokens, count, joins=True)
+            if not count:
+                self._let_go(request)
+                return 0
         grown = self.cache.grow(request, hit.num_tokens + count)
-        assert grown
+        assert grown or request.spans
+        if not grown:
+            self._let_go(request)
+            return 0
         request.num_computed = hit.num_tokens
         request.slot = self._slots.pop()
         metrics = request.metrics
@@ -137,6 +186,20 @@ class Scheduler:
             metrics.first_scheduled_time = time.monotonic()
             metrics.num_cached_tokens = hit.num_tokens
         return count
+
+    def _reach(self, request: Request, start: int, count: int, joins: bool = False) -> int:
+        """How many of `count` tokens this step computes, its media and the tokens that see each other considered."""
+        count = _whole_spans(request, start, count)
+        if request.media and count:
+            fewer = self.media.reach(request, start, count, joins)
+            if fewer < count:
+                count = _whole_spans(request, start, fewer, longer=False)
+        return count
+
+    def _let_go(self, request: Request) -> None:
+        self.cache.release(request)
+        if request.media:
+            self.media.release(request)
 
     def _recompute_outgrown(self) -> None:
         """Keys are void once a sequence has grown into another class: it starts again, at the head of the queue."""
@@ -155,7 +218,7 @@ class Scheduler:
         self._put_first(request)
 
     def _give_back(self, request: Request) -> None:
-        self.cache.release(request)
+        self._let_go(request)
         self._left.append(request.slot)
         self._slots.append(request.slot)
         request.slot = -1
@@ -167,3 +230,14 @@ class Scheduler:
     def _put_first(self, request: Request) -> None:
         self.waiting[request] = None
         self.waiting.move_to_end(request, last=False)
+
+
+def _whole_spans(request: Request, start: int, count: int, longer: bool = True) -> int:
+    """`count` changed so that no span is cut: to its beginning, or, where that is no progress, to its end.
+
+    :param longer: it may go to the end, past what was asked for.
+    """
+    for first, end in request.spans:
+        if first < start + count < end:
+            return first - start if first > start else (end - start if longer else 0)
+    return count

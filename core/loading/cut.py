@@ -25,11 +25,13 @@ class Cut:
     """The pieces of a parameter that are here.
 
     :ivar dim: which dimension is divided; negative.
+    :ivar whole_parts: a part is here as a whole or not at all, as with experts that lie on different places.
     :ivar pieces: of each of the parameter's parts in order, in turn where there are more parts than pieces (experts).
     """
 
     dim: int
     pieces: tuple[Piece, ...]
+    whole_parts: bool = False
 
     def of(self, part: int | None) -> tuple[Piece, ...]:
         """Pieces of the tensor that is one part, or of the one that is all of them, one behind the other."""

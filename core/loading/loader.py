@@ -19,6 +19,8 @@ from modelport.loading.cut import Cut, cut_of
 from modelport.modeling.embedding import LMHead
 from modelport.plugin import Architecture
 
+_LANGUAGE = "language_model."
+
 
 class WeightsError(ValueError):
     """The checkpoint's tensors do not fit the model; the message names them."""
@@ -51,16 +53,26 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     elsewhere: Set[str] = frozenset(),
+    language: tuple[Architecture, BaseModel] | None = None,
+    unused: Iterable[str] = (),
 ) -> None:
     """Copy every tensor of `weights` into `model` (which lies on the meta device) as `dtype` on `device`, and pack.
 
     :param elsewhere: names of tensors that other places take.
+    :param unused: patterns of tensors that modules on other places know and do not need.
+    :param language: of the language model that is the model's part `language_model`: its tensors are renamed and
+        rewritten by its own architecture.
     :raises WeightsError: a tensor is missing, superfluous, given twice, of another shape, or holds NaN or infinity.
     """
     stream = _renamed(weights, architecture)
     if architecture.weights is not None:
         stream = architecture.weights(stream, config)
+    ignored = architecture.ignore
+    if language is not None:
+        stream = _with_language(stream, *language)
+        ignored = (*ignored, *(_LANGUAGE + pattern for pattern in language[0].ignore))
     targets, optional = _targets(model), _tied_names(model)
+    ignored = (*ignored, *unused_names(model), *unused)
     open_rows = _rows_to_fill(model)
     surplus: list[str] = []
     seen: set[str] = set()
@@ -71,7 +83,7 @@ def load_weights(
         seen.add(name)
         if target is None:
             known = name in optional or name in elsewhere
-            if not known and not any(fnmatchcase(name, pattern) for pattern in architecture.ignore):
+            if not known and not any(fnmatchcase(name, pattern) for pattern in ignored):
                 surplus.append(name)
             continue
         key = (target.path, target.parameter)
@@ -117,6 +129,29 @@ def _renamed(weights: Iterable[tuple[str, Tensor]], architecture: Architecture) 
         yield (name if prefix is None else architecture.rename[prefix] + name[len(prefix) :]), tensor
 
 
+def _with_language(
+    weights: Iterable[tuple[str, Tensor]], architecture: Architecture, config: BaseModel
+) -> Iterator[tuple[str, Tensor]]:
+    """The stream, the language model's part of it as its own architecture reads it."""
+    others: list[tuple[str, Tensor]] = []
+
+    def own() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            if name.startswith(_LANGUAGE):
+                yield name.removeprefix(_LANGUAGE), tensor
+            else:
+                others.append((name, tensor))
+
+    stream = _renamed(own(), architecture)
+    if architecture.weights is not None:
+        stream = architecture.weights(stream, config)
+    for name, tensor in stream:
+        while others:
+            yield others.pop(0)
+        yield _LANGUAGE + name, tensor
+    yield from others
+
+
 def _type(module: nn.Module, parameter: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if parameter in getattr(module, "keep_float32", ()) else dtype
 
@@ -141,9 +176,10 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
             if dims > 1:
                 found[path if name == "weight" else f"{path}_{name}"] = whole
             start = 0
+            part_cut = None if cut is not None and cut.whole_parts else cut
             for part, (part_name, rows) in enumerate(getattr(module, "parts", ())):
                 found[_join(parent, part_name, name)] = _Target(
-                    module, path, name, start, rows, (rows, *shape[dims:]), part, cut
+                    module, path, name, start, rows, (rows, *shape[dims:]), part, part_cut
                 )
                 start += rows
     return found
@@ -161,6 +197,15 @@ def _tied_names(model: nn.Module) -> set[str]:
     """Second copies of tied weights, which some checkpoints store."""
     heads = ((path, m) for path, m in model.named_modules() if isinstance(m, LMHead))
     return {_join(path, "weight") for path, head in heads if head.is_tied}
+
+
+def unused_names(model: nn.Module) -> Iterator[str]:
+    """Patterns of tensors that modules know but do not need, such as those of layers whose states nobody reads.
+
+    A module lists them as `unused`, by the names below it.
+    """
+    for path, module in model.named_modules():
+        yield from (_join(path, pattern) for pattern in getattr(module, "unused", ()))
 
 
 def _rows_to_fill(model: nn.Module) -> dict[tuple[str, str], int]:

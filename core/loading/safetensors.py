@@ -87,6 +87,9 @@ def _files(folder: Path) -> list[Path]:
                 f"{index} lists {', '.join(missing)}, which {folder} lacks; download what is missing"
             )
         return files
+    consolidated = folder / "consolidated.safetensors"  # of checkpoints in their authors' own layout
+    if consolidated.is_file() and not (folder / "config.json").is_file():
+        return [consolidated]
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1 and not _SHARD.fullmatch(found[0].name):
         return found

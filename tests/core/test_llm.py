@@ -339,3 +339,11 @@ def test_async_reports_a_failed_engine(tiny):
             [o async for o in engine.generate("x", GREEDY)]
 
     asyncio.run(main())
+
+
+def test_a_cache_of_eight_bit_floats(tiny, llm):
+    small = LLM(tiny, max_model_len=200, kv_cache_dtype="fp8")
+    ids, params = list(range(5, 45)), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
+    exact, rounded = (engine.generate([ids], params)[0].prompt_logprobs[1:] for engine in (llm, small))
+    gaps = [abs(a[t].logprob - b[t].logprob) for a, b, t in zip(exact, rounded, ids[1:], strict=True)]
+    assert 0 < max(gaps) < 0.5

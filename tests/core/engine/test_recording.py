@@ -257,7 +257,10 @@ def test_every_family_bit_for_bit(name, tmp_path):
         max_num_seqs=3,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(7)
-    prompts = [torch.randint(5, 300, (n,), generator=generator).tolist() for n in (1, 17, 40, 9, 23)]
+    media = llm._front.media
+    held = {media.processor.placeholder_id(m) for m in media.processor.modalities} if media else set()
+    free = torch.tensor([token for token in range(5, 300) if token not in held])  # text alone
+    prompts = [free[torch.randint(len(free), (n,), generator=generator)].tolist() for n in (1, 17, 40, 9, 23)]
     params = [
         SamplingParams(temperature=t, top_k=k, seed=3, max_tokens=n, ignore_eos=True, presence_penalty=p)
         for t, k, n, p in ((0, 0, 60, 0), (1, 20, 50, 0), (0, 0, 45, 1), (0.7, 0, 30, 0), (0, 0, 50, 0))

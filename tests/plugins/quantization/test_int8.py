@@ -51,9 +51,23 @@ def test_every_linear_is_quantised_and_little_changes(name, dtype, tmp_path):
     assert math.isclose(got, want, rel_tol=0.03)
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM", "MixtralForCausalLM"])
+def test_eight_bit_floats(name, tmp_path):
+    folder = str(ModuleReference(load_plugins().find([name])).save(tmp_path))
+    ids = torch.randint(1, 320, (1, 90), generator=torch.Generator().manual_seed(1)).tolist()
+    small = LLM(folder, skip_tokenizer_init=True, dtype="float32", quantization="fp8")
+    model = small._front.engine.model
+    assert any(m.packed.dtype == torch.float8_e4m3fn for m in model.modules() if isinstance(m, Linear))
+    exact = perplexity(LLM(folder, skip_tokenizer_init=True, dtype="float32"), ids)
+    assert exact != perplexity(small, ids)
+    assert math.isclose(perplexity(small, ids), exact, rel_tol=0.1)
+
+
 def test_an_unknown_method_is_refused(tmp_path):
     folder = str(ModuleReference(load_plugins().find(["LlamaForCausalLM"])).save(tmp_path))
-    with pytest.raises(ValueError, match="quantization='int3': no plugin knows this method; 'int8' is built in"):
+    with pytest.raises(
+        ValueError, match="quantization='int3': no plugin knows this method; 'int8' and 'fp8' are built in"
+    ):
         LLM(folder, skip_tokenizer_init=True, quantization="int3")
 
 
