@@ -125,6 +125,7 @@ class _Table:
         for part, (frequencies, magnitude) in zip(table.split(max_len), sets, strict=True):
             _fill(part, torch.outer(positions, frequencies), magnitude)
         self.cos_sin = table.to(device)
+        self.axis = _axis_of_pair(parameters).repeat(2).to(device)  # of each column
 
     def of_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Table and rows for a step; computed by the first of the layers that ask."""
@@ -135,8 +136,7 @@ class _Table:
     def _of_axes(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every pair turns by the position on its own axis (M-RoPE, arXiv 2409.12191, section 2.1)."""
         by_axis = torch.stack([self.cos_sin[positions] for positions in batch.axes])  # (axes, tokens, dim)
-        axis = _axis_of_pair(self.parameters).to(by_axis.device)
-        table = by_axis[axis.repeat(2), :, torch.arange(self.dim, device=by_axis.device)]  # (dim, tokens)
+        table = by_axis[self.axis, :, torch.arange(self.dim, device=by_axis.device)]  # (dim, tokens)
         return table.T.contiguous(), torch.arange(len(batch.positions), device=by_axis.device)
 
     def _of(self, batch: Batch) -> tuple[Tensor, Tensor]:
