@@ -157,7 +157,8 @@ class _Table:
 def _axis_of_pair(p: RopeParameters) -> Tensor:
     """(pairs,) int64: the axis of positions that a pair turns by."""
     if not p.mrope_interleaved:
-        return torch.repeat_interleave(torch.arange(len(p.mrope_section)), torch.tensor(p.mrope_section))
+        axes = [axis for axis, count in enumerate(p.mrope_section) for _ in range(count)]
+        return torch.tensor(axes, dtype=torch.int64)
     axis = torch.zeros(sum(p.mrope_section), dtype=torch.int64)  # the first axis where the others have had their turns
     for other, count in enumerate(p.mrope_section[1:], start=1):
         axis[other : other + len(p.mrope_section) * count : len(p.mrope_section)] = other
