@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from modelport.llm import AsyncLLM as AsyncLLM
     from modelport.plugin import Architecture as Architecture
     from modelport.plugin import hookimpl as hookimpl
+    from modelport.request import LoRARequest as LoRARequest
     from modelport.request import RequestOutput as RequestOutput
     from modelport.sampling_params import SamplingParams as SamplingParams
 
@@ -30,6 +31,7 @@ _HOMES = {
     "EngineConfig": "modelport.config",
     "SamplingParams": "modelport.sampling_params",
     "RequestOutput": "modelport.request",
+    "LoRARequest": "modelport.request",
     "Architecture": "modelport.plugin",
     "hookimpl": "modelport.plugin",
 }

@@ -58,6 +58,20 @@ class Media:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """Which adapter each row is computed with: its slot, -1 for none; all int32.
+
+    :ivar slots: (rows,) of the step's rows, or of those whose logits are computed.
+    :ivar states: (rows of `Encoded.states`,) of those; None where there are none.
+    :ivar seen: (rows of `Encoded.rows`,) of those; None where there are none.
+    """
+
+    slots: Tensor
+    states: Tensor | None = None
+    seen: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step: sequences side by side, each with the rows it computes now (a prompt chunk, or one new token).
 
@@ -73,6 +87,7 @@ class Batch:
         one image may; None when every row sees those up to its own.
     :ivar axes: positions for rotary embeddings with several axes (time, height, width), each (tokens,) int64; None for
         a model that has one.
+    :ivar adapters: whose rows these are, where some request uses an adapter.
     :ivar length_classes: (seqs,) int32, `Rope.length_class` of each sequence; None for a model whose angles do not
         depend on length.
     """
@@ -88,3 +103,4 @@ class Batch:
     media: Media | None = None
     ends: Tensor | None = None
     axes: tuple[Tensor, ...] | None = None
+    adapters: Adapted | None = None

@@ -203,12 +203,22 @@ class EngineConfig(BaseModel):
     kv_cache_memory_bytes: int | None = Field(None, gt=0, description="memory for the cache; derived when not given")
     num_kv_blocks: int | None = Field(None, gt=0, description="blocks in the cache; overrides kv_cache_memory_bytes")
     enable_prefix_caching: bool = Field(True, description="share cache blocks between equal prompt beginnings")
+    enable_lora: bool = Field(False, description="requests may bring adapters (LoRARequest)")
+    max_loras: int = Field(8, gt=0, description="most adapters in one step")
+    max_lora_rank: int = Field(64, gt=0, description="largest rank of an adapter")
+    max_cpu_loras: int = Field(64, gt=0, description="adapters kept in memory, ready to be used")
+    lora_modules: dict[str, str] = Field({}, description="adapters read at the start: path of each, by name")
     limit_mm_per_prompt: dict[str, int] = Field({}, description="most images, videos, sounds of a prompt, by modality")
     mm_processor_kwargs: dict[str, Any] = Field({}, description="entries that win over the preprocessor_config.json's")
     allowed_local_media_path: str | None = Field(None, description="folder of which messages may name files")
     allowed_media_domains: tuple[str, ...] = Field((), description="hosts of which media may be fetched; all if none")
     plugins: tuple[str, ...] = Field((), description="dotted names of plugin modules to load besides installed ones")
     blocked_plugins: tuple[str, ...] = Field((), description="names of plugins not to load")
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether requests may bring adapters."""
+        return self.enable_lora or bool(self.lora_modules)
 
     @property
     def num_places(self) -> int:

@@ -6,22 +6,25 @@ import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from modelport.config import EngineConfig
+from modelport.engine.adapters import AdapterShelf
 from modelport.engine.detokenizer import Detokenizer
 from modelport.engine.replicas import start_engine
 from modelport.inputs.media import MediaLimits
 from modelport.inputs.multimodal import MediaReader, all_spans, marks, place_media, render_with_media
-from modelport.inputs.processor import Expanded, MediaItem, ProcessorFiles
+from modelport.inputs.processor import Expanded, MediaItem, PlacedItem, ProcessorFiles
 from modelport.inputs.prompts import PromptReader
 from modelport.inputs.tokenizer import Tokenizer, load_tokenizer
 from modelport.loading.checkpoint import read_config, resolve
 from modelport.loading.model import Description, describe
-from modelport.plugin import Plugins, load_plugins
-from modelport.request import CompletionOutput, Prompt, Request, RequestOutput
+from modelport.modeling.adapters import Adapter
+from modelport.plugin import PluginError, Plugins, load_plugins
+from modelport.request import CompletionOutput, LoRARequest, Prompt, Request, RequestOutput
 from modelport.sampling_params import SamplingParams
 from modelport.settings import engine_config as engine_config
 
@@ -39,6 +42,7 @@ class Job:
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
     requests: list[Request] = field(default_factory=list)
+    lora_request: LoRARequest | None = None
 
     @property
     def finished(self) -> bool:
@@ -59,6 +63,7 @@ class Job:
             first.metrics.num_cached_tokens,
             self.encoder_prompt,
             self.encoder_prompt_token_ids,
+            self.lora_request,
         )
 
     def _completion(self, request: Request) -> CompletionOutput:
@@ -117,6 +122,7 @@ class Frontend:
         self._reader = PromptReader(
             self.tokenizer, self.config, self._generation, self.engine.max_model_len, self.media
         )
+        self.shelf = self._shelf() if settings.takes_adapters else None
         self._random = random.Random(settings.seed)
         self._ids = itertools.count()
 
@@ -128,20 +134,53 @@ class Frontend:
             found = {k: v for k, v in found.items() if k == "repetition_penalty"}
         return SamplingParams(**found)
 
-    def job(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None = None) -> Job:
+    def _shelf(self) -> AdapterShelf:
+        settings = self.settings
+        if self.engine.adapters is None:
+            raise PluginError("enable_lora: no plugin serves adapters; is the plugin 'lora' blocked?")
+
+        def find(path: str) -> Path:
+            return resolve(path, None, self.plugins).path
+
+        return AdapterShelf(self.engine.adapters, find, settings.max_cpu_loras, settings.lora_modules)
+
+    def adapter(self, wanted: LoRARequest | str | None) -> tuple[LoRARequest | None, Adapter | None]:
+        """Read an adapter, if that has not been done before.
+
+        :raises ValueError: adapters are not enabled, or it cannot be served.
+        :raises FileNotFoundError: it is not there.
+        """
+        if wanted is None:
+            return None, None
+        if not isinstance(wanted, LoRARequest | str):
+            raise TypeError(f"lora_request must be a LoRARequest, not {type(wanted).__name__}: {wanted!r}")
+        if self.shelf is None:
+            raise ValueError(f"lora_request={wanted!r}: this engine takes no adapters; make it with enable_lora=True")
+        return self.shelf.get(wanted)
+
+    def job(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None = None,
+        lora_request: LoRARequest | str | None = None,
+    ) -> Job:
         """Check a prompt and its parameters, and make requests of them; nothing runs yet.
 
-        :raises ValueError: empty, too long, token ids outside the vocabulary, parameters that do not fit.
+        :raises ValueError: empty, too long, token ids outside the vocabulary, parameters or adapters that do not fit.
         :raises TypeError: a prompt or parameters of another type.
         """
         params = self.default_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, not {type(params).__name__}: {params!r}")
+        lora_request, adapter = self.adapter(lora_request)
         encoder_text, encoder_ids, expanded = None, None, None
         if self.engine.has_encoder:
             (encoder_text, encoder_ids), (text, ids) = self._reader.read_pair(prompt)
         elif self.media is not None:
             text, expanded = self._reader.read_media(prompt)
+            if adapter is not None:
+                expanded = _marked(expanded, adapter)
             ids = expanded.token_ids
         else:
             text, ids = self._reader.read(prompt)
@@ -154,7 +193,7 @@ class Frontend:
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop strings and bad_words need a tokenizer; use stop_token_ids, or load one")
         request_id = str(next(self._ids)) if request_id is None else request_id
-        job = Job(request_id, text, ids, params, encoder_text, encoder_ids)
+        job = Job(request_id, text, ids, params, encoder_text, encoder_ids, lora_request=lora_request)
         if expanded is not None:
             ids = self._known_ids(expanded, params)
         limit = self.engine.max_model_len
@@ -182,6 +221,7 @@ class Frontend:
                     spans=all_spans(expanded) if expanded else (),
                     marks=marks(expanded) if expanded else (),
                     axes=expanded.axes if expanded else None,
+                    adapter=adapter,
                 )
             )
         self.engine.check_media(job.requests[0])
@@ -239,6 +279,15 @@ class Frontend:
                 if token is not None:
                     found[token] = None
         return tuple(found)
+
+
+def _marked(expanded: Expanded, adapter: Adapter) -> Expanded:
+    """With media that are told apart from the same ones under another adapter, which may change their encoder too."""
+    media = tuple(
+        PlacedItem(p.start, replace(p.item, digest=blake2b(p.item.digest + adapter.digest, digest_size=16).digest()))
+        for p in expanded.media
+    )
+    return replace(expanded, media=media)
 
 
 def _without_rows(item: MediaItem) -> set[int]:

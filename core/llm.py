@@ -24,7 +24,7 @@ from modelport.settings import engine_config
 if TYPE_CHECKING:
     from modelport.frontend import Frontend, Job, Message
     from modelport.inputs.tokenizer import Tokenizer
-    from modelport.request import Prompt, RequestOutput
+    from modelport.request import LoRARequest, Prompt, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +74,20 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | str | Sequence[LoRARequest | str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs come in the order of the prompts.
 
         :param prompts: one prompt or a list: text, token ids, or dictionaries with either.
         :param sampling_params: one for all, or one for each.
-        :raises ValueError: a prompt or parameters that cannot be run; nothing has run then.
+        :param lora_request: the adapter to use, by a `LoRARequest` or by its name in `lora_modules`; one for all, or a
+            list with one for each, None for the model as it is.
+        :raises ValueError: a prompt, parameters or adapter that cannot be run; nothing has run then.
         """
         several = _as_list(prompts)
-        params = _params_for(several, sampling_params)
-        return self._run([self._front.job(p, s) for p, s in zip(several, params, strict=True)], use_tqdm)
+        params, adapters = _params_for(several, sampling_params), _adapters_for(several, lora_request)
+        jobs = [self._front.job(p, s, None, a) for p, s, a in zip(several, params, adapters, strict=True)]
+        return self._run(jobs, use_tqdm)
 
     def chat(
         self,
@@ -96,8 +100,9 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | str | Sequence[LoRARequest | str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or each of several, by the model's chat template."""
+        """Answer a conversation, or each of several, by the model's chat template; `lora_request` as for `generate`."""
         several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         options = {
             "chat_template": chat_template,
@@ -107,21 +112,46 @@ class LLM:
             "chat_template_kwargs": chat_template_kwargs,
         }
         prompts = [self._front.chat_prompt(conversation, options) for conversation in several]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | str | None = None,
+    ) -> Iterator[RequestOutput]:
         """Complete one prompt, and give what there is of it after every token.
 
         Streams may be read in turn; each reading runs the engine for all of them. Closing one early ends its request.
         """
-        job = self._front.job(prompt, sampling_params)
+        job = self._front.job(prompt, sampling_params, None, lora_request)
         return self._stream(job)
 
     def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | str | None = None,
     ) -> Iterator[RequestOutput]:
         """`stream` for a conversation."""
-        return self.stream(self._front.chat_prompt(messages, {}), sampling_params)
+        return self.stream(self._front.chat_prompt(messages, {}), sampling_params, lora_request=lora_request)
+
+    def add_lora(self, lora_request: LoRARequest) -> None:
+        """Read an adapter before it is needed.
+
+        :raises ValueError: it cannot be served.
+        """
+        self._front.adapter(lora_request)
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Forget an adapter; requests that use it go on. Whether it was known."""
+        return self._front.shelf is not None and self._front.shelf.remove(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """`lora_int_id` of the adapters that are ready to be used."""
+        return self._front.shelf.ids() if self._front.shelf is not None else set()
 
     def _stream(self, job: Job) -> Iterator[RequestOutput]:
         engine = self._front.engine
@@ -193,28 +223,53 @@ class AsyncLLM:
         return self._front.engine.max_model_len
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: LoRARequest | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Complete one prompt, and give what there is of it after every step that added to it.
 
         A caller that stops listening ends the request.
 
+        :param lora_request: the adapter to use; its files are read the first time, while the engine goes on.
         :raises RuntimeError: the engine has failed or was shut down.
         """
-        if isinstance(prompt, Mapping) and prompt.get("multi_modal_data"):  # reading and preparing them takes its time
-            job = await asyncio.to_thread(self._front.job, prompt, sampling_params, request_id)
+        # reading and preparing media takes its time, and so does reading an adapter
+        media = isinstance(prompt, Mapping) and prompt.get("multi_modal_data")
+        reads = self._front.shelf is not None and lora_request is not None and not self._front.shelf.holds(lora_request)
+        if media or reads:
+            job = await asyncio.to_thread(self._front.job, prompt, sampling_params, request_id, lora_request)
         else:
-            job = self._front.job(prompt, sampling_params, request_id)
+            job = self._front.job(prompt, sampling_params, request_id, lora_request)
         async for output in self._listen(job):
             yield output
 
     async def chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """`generate` for a conversation; its messages may not name local files, unless a setting allows it."""
         prompt = await asyncio.to_thread(self._front.chat_prompt, messages, {}, False)
-        async for output in self.generate(prompt, sampling_params):
+        async for output in self.generate(prompt, sampling_params, lora_request=lora_request):
             yield output
+
+    async def add_lora(self, lora_request: LoRARequest) -> None:
+        """As `LLM.add_lora`; the engine goes on meanwhile."""
+        await asyncio.to_thread(self._front.adapter, lora_request)
+
+    async def remove_lora(self, lora_int_id: int) -> bool:
+        """As `LLM.remove_lora`."""
+        return self._front.shelf is not None and self._front.shelf.remove(lora_int_id)
+
+    async def list_loras(self) -> set[int]:
+        """As `LLM.list_loras`."""
+        return self._front.shelf.ids() if self._front.shelf is not None else set()
 
     async def restart_workers(self) -> None:
         """Start the workers of a divided model anew, after one has failed; requests that run now end with an error.
@@ -344,6 +399,16 @@ def _params_for(prompts: list[Prompt], params: SamplingParams | Sequence[Samplin
     if len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(params)} sampling_params; give one, or one for each prompt")
     return list(params)
+
+
+def _adapters_for(
+    prompts: list[Prompt], given: LoRARequest | str | Sequence[LoRARequest | str | None] | None
+) -> Sequence[LoRARequest | str | None]:
+    if not isinstance(given, list | tuple):
+        return [given] * len(prompts)
+    if len(given) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(given)} lora_requests; give one, or one for each prompt")
+    return given
 
 
 def _progress_bar(total: int):

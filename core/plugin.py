@@ -11,7 +11,7 @@ import difflib
 import inspect
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -27,6 +27,7 @@ from modelport.discovery import installed_plugins as installed_plugins
 from modelport.discovery import parse_options as parse_options
 
 if TYPE_CHECKING:
+    import torch
     from pydantic import BaseModel
     from torch import Tensor, nn
 
@@ -119,12 +120,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What `transform_model` may look at: the architecture, its configuration, the engine's settings."""
+    """What `transform_model` may look at: the architecture, its configuration, the engine's settings.
+
+    :ivar dtype, device: of the model once it is loaded.
+    :ivar rewrite: turns a stream of the checkpoint's `(name, tensor)` into what fills the model, renamed and rewritten as
+        the architecture says; so a plugin that has tensors under a checkpoint's names finds the layers they belong to.
+    """
 
     architecture: Architecture
     config: BaseModel
     engine: EngineConfig
     checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    rewrite: Callable[[Iterable[tuple[str, Tensor]]], Iterator[tuple[str, Tensor]]]
 
 
 class PluginWarning(UserWarning):

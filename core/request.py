@@ -15,6 +15,28 @@ if TYPE_CHECKING:
 
     from modelport.engine.detokenizer import Detokenizer
     from modelport.inputs.processor import PlacedItem
+    from modelport.modeling.adapters import Adapter
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """An adapter to use, named as in vLLM.
+
+    :ivar lora_name: what people call it.
+    :ivar lora_int_id: what tells it from others in this engine; above 0.
+    :ivar lora_path: a folder, or a name that a source of models knows.
+    :raises ValueError: an empty name or path, or an id below 1.
+    """
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+    def __post_init__(self) -> None:
+        if not self.lora_name or not self.lora_path:
+            raise ValueError(f"a LoRARequest needs a name and a path, got {self.lora_name!r} and {self.lora_path!r}")
+        if not isinstance(self.lora_int_id, int) or self.lora_int_id < 1:
+            raise ValueError(f"lora_int_id={self.lora_int_id!r} must be an integer above 0")
 
 
 class Logprob(NamedTuple):
@@ -72,6 +94,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     encoder_prompt: str | None = None
     encoder_prompt_token_ids: list[int] | None = None
+    lora_request: LoRARequest | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,8 @@ class Request:
     :ivar marks: (start, end, digest): tokens whose keys depend on more than the ids before them, and on what.
     :ivar axes: (axes, prompt tokens) int32 rotary positions of the prompt, for models that have several; None where
         they are the tokens' places.
+    :ivar adapter: what it is computed with, besides the model.
+    :ivar adapter_slot: where that lies while the request runs; -1 for none.
     :ivar blocks: cache blocks in order, for each group of layers; empty while it has none.
     :ivar block_hashes: hash chain over the full blocks of `token_ids`, as far as it has been needed.
     :ivar num_published: blocks, from the first on, that the cache knows by their hash.
@@ -148,6 +173,8 @@ class Request:
     spans: tuple[tuple[int, int], ...] = ()
     marks: tuple[tuple[int, int, bytes], ...] = ()
     axes: np.ndarray | None = None
+    adapter: Adapter | None = None
+    adapter_slot: int = -1
     blocks: list[list[int]] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0

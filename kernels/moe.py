@@ -84,6 +84,8 @@ def experts_reference(
     down: PackedExperts,
     act: str | SwigluOAI,
     residual: Tensor | None = None,
+    extra: Tensor | None = None,
+    inner: Tensor | None = None,
 ) -> Tensor:
     """Plain torch version of `experts`."""
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if residual is None else residual.float()
@@ -91,7 +93,12 @@ def experts_reference(
         token, slot = torch.where(ids == expert)
         if token.numel():
             gate, up = (_matrix(x[token], gate_up, expert, part) for part in (0, 1))
-            rows = _matrix(_gated(gate, up, act), down, expert, 0)
+            if extra is not None:
+                gate, up = gate + extra[token, slot, 0], up + extra[token, slot, 1]
+            made = _gated(gate, up, act)
+            if inner is not None:
+                inner[token, slot] = made
+            rows = _matrix(made, down, expert, 0)
             total = total.index_add(0, token, rows.float() * shares[token, slot, None])
     return total.to(x.dtype)
 
@@ -116,30 +123,45 @@ def experts(
     down: PackedExperts,
     act: str | SwigluOAI,
     residual: Tensor | None = None,
+    extra: Tensor | None = None,
+    inner: Tensor | None = None,
 ) -> Tensor:
     """residual + sum over a token's choices of share * expert(x) -> (tokens, hidden), in x.dtype.
 
     x: (tokens, hidden) in the weights' dtype (any float for int8); ids: (tokens, chosen) int64, -1 for a choice that
     lies on another device and adds nothing; shares: (tokens, chosen) float32; gate_up: two parts (width, hidden);
     down: one part (hidden, width); residual: (tokens, hidden).
+
+    What adapters of the experts need: extra: (tokens, chosen, 2, width), added to gate and up before the activation;
+    inner: (tokens, chosen, width), filled with what goes into the down product where a choice is one.
     """
     if isinstance(act, str):
         code, limit, alpha = activation.kind(act)[0], 0.0, 0.0
     else:
         code, limit, alpha = _SWIGLU_OAI, act.limit, act.alpha
-    on_gpu = gpu.takes(x) and not gate_up.blocked and not down.blocked
+    adapted = extra is not None or inner is not None
+    on_gpu = gpu.takes(x) and not gate_up.blocked and not down.blocked and not adapted
     if not on_gpu and cpu.lib is not None and gate_up.blocked and down.blocked:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.experts(
             x, ids, shares, gate_up.data, gate_up.scales, gate_up.bias, down.data, down.scales, down.bias, residual,
-            out, gate_up.out_features, code, limit, alpha, cpu.threads(),
+            extra, inner, out, gate_up.out_features, code, limit, alpha, cpu.threads(),
         ):  # fmt: skip
             return out
     _check(x, ids, shares, gate_up, down, residual)
+    if adapted:
+        _check_adapted(ids, gate_up.out_features, extra, inner)
     if on_gpu:
         of_both = ((packed.data, packed.scales, packed.bias) for packed in (gate_up, down))
         return gpu.moe.experts(x, ids, shares, *of_both, code, limit, alpha, residual)
-    return experts_reference(x, ids, shares, gate_up, down, act, residual)
+    return experts_reference(x, ids, shares, gate_up, down, act, residual, extra, inner)
+
+
+def _check_adapted(ids: Tensor, width: int, extra: Tensor | None, inner: Tensor | None) -> None:
+    if extra is not None and extra.shape != (*ids.shape, 2, width):
+        raise ValueError(f"experts: extra {tuple(extra.shape)} must be {(*ids.shape, 2, width)}")
+    if inner is not None and inner.shape != (*ids.shape, width):
+        raise ValueError(f"experts: inner {tuple(inner.shape)} must be {(*ids.shape, width)}")
 
 
 def _check(

@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from modelport.cli import describe
-from modelport.cli.flags import add_engine_flags, add_sampling_flags, engine_settings, sampling_params
+from modelport.cli.flags import (
+    add_adapter_flag,
+    add_engine_flags,
+    add_sampling_flags,
+    chosen_adapter,
+    engine_settings,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from modelport import LLM, SamplingParams
@@ -23,12 +30,13 @@ Message = dict[str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message, kept over /reset")
+    add_adapter_flag(parser)
     add_sampling_flags(parser, max_tokens=1024, temperature=0.7, top_p=0.95)
     add_engine_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    params = sampling_params(args)
+    params, adapter = sampling_params(args), chosen_adapter(args)
 
     from modelport import LLM
 
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             case word if word.startswith("/") and " " not in word:
                 print(f"there is no command {word}; {HELP}")
             case message:
-                history = _exchange(llm, history, message, params)
+                history = _exchange(llm, history, message, params, adapter)
     return 0
 
 
@@ -69,13 +77,15 @@ def _lines(prompt: str) -> Iterator[str]:
             print()
 
 
-def _exchange(llm: "LLM", history: list[Message], message: str, params: "SamplingParams") -> list[Message]:
+def _exchange(
+    llm: "LLM", history: list[Message], message: str, params: "SamplingParams", adapter: str | None
+) -> list[Message]:
     """Print the answer to `message`, and return the history with both; unchanged when there is no answer."""
     asked = [*history, {"role": "user", "content": message}]
     text = ""
     try:
         with _stop_flag() as stop:
-            answer = llm.stream_chat(asked, params)
+            answer = llm.stream_chat(asked, params, lora_request=adapter)
             for output in answer:
                 print(output.outputs[0].text[len(text) :], end="", flush=True)
                 text = output.outputs[0].text

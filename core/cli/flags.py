@@ -26,6 +26,7 @@ _NO_FLAG = {
     "blocked_plugins",
     "skip_tokenizer_init",
     "data_parallel_rank",
+    "lora_modules",
 }  # own flags, or no use without text
 _SHORT = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
 _SAMPLING: dict[str, tuple[type, str]] = {
@@ -84,7 +85,42 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
             flags = (*_SHORT.get(name, ()), "--" + name.replace("_", "-"))
             kind = _kind(field.annotation)
             group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=_help(field), **kind)
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an adapter, a folder or a name that a source knows; may be repeated",
+    )
     add_plugin_flags(group)
+
+
+def add_adapter_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--lora-name`, which chooses among several `--lora`."""
+    parser.add_argument("--lora-name", metavar="NAME", help="which --lora to use, when there are several")
+
+
+def chosen_adapter(args: argparse.Namespace) -> str | None:
+    """The name of the adapter to use, None for the model as it is.
+
+    :raises ValueError: several were given and none was chosen.
+    """
+    names = list(_adapters(args))
+    if args.lora_name is not None or len(names) < 2:
+        return args.lora_name or next(iter(names), None)
+    raise ValueError(f"there are several adapters, {', '.join(names)}; choose one with --lora-name")
+
+
+def _adapters(args: argparse.Namespace) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for given in args.lora:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"--lora {given!r} should read NAME=PATH, as in --lora sql=path/of/adapter")
+        if name in found:
+            raise ValueError(f"--lora names {name!r} twice; give each adapter a name of its own")
+        found[name] = path
+    return found
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,6 +128,8 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
     from modelport.config import EngineConfig
 
     settings = {name: value for name, value in vars(args).items() if name in EngineConfig.model_fields}
+    if adapters := _adapters(args):
+        settings["lora_modules"] = adapters
     load, block = plugin_choice(args)
     if load:
         settings["plugins"] = load

@@ -9,7 +9,14 @@ import argparse
 import sys
 import time
 
-from modelport.cli.flags import add_engine_flags, add_sampling_flags, engine_settings, sampling_params
+from modelport.cli.flags import (
+    add_adapter_flag,
+    add_engine_flags,
+    add_sampling_flags,
+    chosen_adapter,
+    engine_settings,
+    sampling_params,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--no-stream", dest="stream", action="store_false", help="print the text when it is complete")
     parser.add_argument("-q", "--quiet", action="store_true", help="no timings on stderr")
+    add_adapter_flag(parser)
     add_sampling_flags(parser, max_tokens=256, temperature=0.0)
     add_engine_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args.prompt)
-    params = sampling_params(args)
+    params, adapter = sampling_params(args), chosen_adapter(args)
 
     from modelport import LLM
 
@@ -48,16 +56,15 @@ def run(args: argparse.Namespace) -> int:
     first = None
     if args.stream:
         shown = 0
-        for output in llm.stream_chat(messages, params) if as_chat else llm.stream(prompt, params):
+        begin, what = (llm.stream_chat, messages) if as_chat else (llm.stream, prompt)
+        for output in begin(what, params, lora_request=adapter):
             first = first or time.perf_counter()
             text = output.outputs[0].text
             print(text[shown:], end="", flush=True)
             shown = len(text)
     else:
-        results = (
-            llm.chat(messages, params, use_tqdm=False) if as_chat else llm.generate(prompt, params, use_tqdm=False)
-        )
-        (output,) = results
+        complete, what = (llm.chat, messages) if as_chat else (llm.generate, prompt)
+        (output,) = complete(what, params, use_tqdm=False, lora_request=adapter)
         print(output.outputs[0].text, end="")
     print(flush=True)
     if not args.quiet:

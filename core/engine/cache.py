@@ -209,7 +209,9 @@ class Cache:
 
     def _extend_hashes(self, request: Request, num_tokens: int) -> None:
         size, hashes = self.block_size, request.block_hashes
-        root = b"%d" % request.length_class  # keys of other rotary angles are other keys
+        root = b"%d" % request.length_class  # keys of other rotary angles are other keys, and those of other adapters
+        if request.adapter is not None:
+            root += request.adapter.digest
         for index in range(len(hashes), num_tokens // size):
             tokens = array("q", request.token_ids[index * size : (index + 1) * size])
             parent = hashes[-1] if hashes else root

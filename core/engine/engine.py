@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from modelport.config import EngineConfig
+from modelport.engine.adapters import AdapterSlots
 from modelport.engine.cache import Cache
 from modelport.engine.media import MediaCache
 from modelport.engine.memory import Limits, Memory, attach_memory
@@ -17,6 +18,7 @@ from modelport.engine.runner import Runner, StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan, Scheduler
 from modelport.loading.model import Description, build
+from modelport.modeling.adapters import Adapters, adapters_of
 from modelport.modeling.rope import Rope, find_by_length
 from modelport.parallel.executor import Executor, start_executor
 from modelport.plugin import Plugins
@@ -91,7 +93,10 @@ class Engine:
         if self._executor is not None and inputs is None and rope is None and not self.has_encoder:
             self._depth = settings.pipeline_parallel_size
         media = None if inputs is None else MediaCache(max(memory.max_model_len, rows), chunk)
-        self.scheduler = Scheduler(self.cache, memory.num_rows, chunk, rope.length_class if rope else None, media)
+        adapters = None if self.adapters is None else AdapterSlots(settings.max_loras)
+        self.scheduler = Scheduler(
+            self.cache, memory.num_rows, chunk, rope.length_class if rope else None, media, adapters
+        )
 
     def shutdown(self) -> None:
         """End the processes of a divided model; no step follows."""
@@ -118,6 +123,11 @@ class Engine:
     def has_encoder(self) -> bool:
         """Whether prompts go to an encoder."""
         return hasattr(self.model, "encode")
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What reads adapters; None when the model takes none."""
+        return adapters_of(self.model)
 
     @property
     def has_work(self) -> bool:

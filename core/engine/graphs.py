@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 BUCKETS = (*range(1, 9), *range(12, 32, 4), *range(32, 128, 16), *range(128, 513, 64))
 """Numbers of rows: close together where a row more is a good part of the step."""
 LEAST_COLUMNS = 64
-_FILL = {"slots": -1, "adapters": -1}  # of rows of no sequence; 0 for all others
+_FILL = {"slots": -1}  # of rows of no sequence; 0 for all others
 _CLOSE = 2e-2  # of the greatest logit: rounding may differ between a library's first call and its later ones
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]

@@ -13,6 +13,7 @@ from torch import nn
 from modelport.config import EngineConfig
 from modelport.engine.engine import Engine
 from modelport.loading.model import Description
+from modelport.modeling.adapters import Adapters
 from modelport.plugin import Plugins
 from modelport.request import Request
 
@@ -58,6 +59,11 @@ class Replicas:
     @property
     def has_encoder(self) -> bool:
         return self.engines[0].has_encoder
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """As `Engine.adapters`."""
+        return self.engines[0].adapters
 
     @property
     def has_work(self) -> bool:

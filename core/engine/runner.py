@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelport.batch import Batch, Encoded, Media, Pages
+from modelport.batch import Adapted, Batch, Encoded, Media, Pages
 from modelport.engine.cache import Group
 from modelport.engine.crossing import Crossing, crossing
 from modelport.engine.graphs import GraphRecorder
@@ -23,6 +23,7 @@ from modelport.engine.scheduler import Plan
 from modelport.engine.transfer import to_device
 from modelport.inputs.processor import MediaItem, PlacedItem
 from modelport.kernels import cpu
+from modelport.modeling.adapters import adapters_of
 from modelport.modeling.decoder import Model, forward
 from modelport.request import Request
 
@@ -85,6 +86,7 @@ class Runner:
         self._axes = np.zeros((getattr(model, "num_axes", 0), num_slots, max_model_len), dtype=np.int32)
         self._media: dict[bytes, Tensor] = {}  # rows of encoded items
         self._media_errors: dict[bytes, str] = {}  # why an item's rows are NaN
+        self._adapters = adapters_of(model)
         self._takes_media = self._encodes = hasattr(model, "embed_media")
         # an encoder's tokens are the same for all of a sequence; of media a row sees those before it
         self._reads_encoder = hasattr(model, "encode")
@@ -97,6 +99,7 @@ class Runner:
             self.sampler.remove(slot)
         for request in plan.joined:
             self._join(request)
+        self._place_adapters(plan)
         slots, computed, lengths, counts = self._rows(plan)
         result = StepResult([-1] * len(slots))
         if self._encodes:
@@ -114,21 +117,30 @@ class Runner:
             state = self._forward(token_ids, batch)
             ends = np.cumsum(counts)
             for index, request in scored.items():
-                result.prompt_logprobs[index] = self._score(request, state, ends[index] - counts[index], counts[index])
-            logits = self._logits(state, self._tensor(ends[done] - 1)) if len(done) else None
+                first = ends[index] - counts[index]
+                result.prompt_logprobs[index] = self._score(request, state, batch, first, counts[index])
+            logits = self._logits(state, batch, self._tensor(ends[done] - 1)) if len(done) else None
         if logits is not None:
             if self.on_logits is not None:
                 self.on_logits(logits)
             self._sample(result, logits, slots, lengths, done)
         return result
 
+    def _place_adapters(self, plan: Plan) -> None:
+        for slot, adapter in plan.adapters:
+            if self._adapters.place(slot, adapter) and self.recorder is not None:
+                self.recorder.reset()
+
     def _encode_media(self, plan: Plan) -> None:
         """Make the rows that this step needs, all items of a modality in one call; drop those that are not kept."""
         for digest in plan.forget:
             self._media.pop(digest, None)
             self._media_errors.pop(digest, None)
-        for modality in dict.fromkeys(item.modality for item in plan.encode):
-            items = [item for item in plan.encode if item.modality == modality]
+        slots = self._media_slots(plan)
+        for modality, slot in dict.fromkeys((item.modality, slots.get(item.digest, -1)) for item in plan.encode):
+            items = [i for i in plan.encode if i.modality == modality and slots.get(i.digest, -1) == slot]
+            if self._adapters is not None:
+                self._adapters.begin(slot if slot >= 0 else None)
             given = [item for item in items if item.embeds is not None]
             self._keep_rows(given, [item.embeds for item in given])
             items = [item for item in items if item.embeds is None]
@@ -143,6 +155,12 @@ class Runner:
                         self._keep_rows([item], self._embed_media(modality, [item]))
                     except Exception as error:
                         self._note_unusable(item, error)
+
+    def _media_slots(self, plan: Plan) -> dict[bytes, int]:
+        """Of each item that requests with an adapter have: where that adapter lies."""
+        if self._adapters is None:
+            return {}
+        return {p.item.digest: r.adapter_slot for r in plan.requests if r.adapter_slot >= 0 for p in r.media}
 
     def _embed_media(self, modality: str, items: list[MediaItem]) -> list[Tensor]:
         if not items:
@@ -277,6 +295,7 @@ class Runner:
             rows = np.repeat(slots, counts)
             positions = np.arange(starts[-1], dtype=np.int64) - np.repeat(starts[:-1] - computed, counts)
         crossed = self._crossing(plan, starts) if self._crosses else None
+        encoded = self._encode(plan, rows, slots, starts) if self._reads_encoder else self._seen(crossed)
         batch = Batch(
             positions=self._tensor(positions),
             query_starts=self._tensor(starts),
@@ -292,12 +311,38 @@ class Runner:
             state_slots=self._tensor(slots),
             max_query_len=max_query_len,
             length_classes=self._length_classes(plan) if self.by_length else None,
-            encoded=self._encode(plan, rows, slots, starts) if self._reads_encoder else self._seen(crossed),
+            encoded=encoded,
             media=self._media_rows(plan, starts) if self._media else None,
             ends=self._ends(plan, positions, starts) if self._takes_media and max_query_len > 1 else None,
             axes=tuple(self._tensor(axis[rows, positions].astype(np.int64)) for axis in self._axes) or None,
+            adapters=self._adapted(plan, counts, crossed) if self._adapters is not None else None,
         )
         return self._tensor(self._token_ids[rows, positions].astype(np.int64)), batch
+
+    def _adapted(self, plan: Plan, counts: np.ndarray, crossed: Crossing | None) -> Adapted | None:
+        """Whose the rows are; None where no request of the step uses an adapter."""
+        slots = np.fromiter((r.adapter_slot for r in plan.requests), np.int32, len(plan.requests))
+        if (slots < 0).all():
+            return None
+        rows, states = np.repeat(slots, counts), None
+        if self._reads_encoder:
+            if plan.joined:
+                states = self._encoder_slots(plan)
+        elif crossed is not None and crossed.written:
+            of = self._media_slots(plan)
+            states = np.repeat([of.get(digest, -1) for digest in crossed.written],
+                               [len(self._media[digest]) for digest in crossed.written]).astype(np.int32)  # fmt: skip
+        return Adapted(
+            self._tensor(rows),
+            None if states is None else self._tensor(states),
+            None if crossed is None else self._tensor(rows[crossed.rows]),
+        )
+
+    def _encoder_slots(self, plan: Plan) -> np.ndarray:
+        """Of the encoder's tokens of this step (encoder tokens,) int32."""
+        return np.repeat(
+            np.asarray([r.adapter_slot for r in plan.joined], np.int32), [len(r.encoder_token_ids) for r in plan.joined]
+        )
 
     def _length_classes(self, plan: Plan) -> Tensor:
         return self._tensor(np.fromiter((r.length_class for r in plan.requests), np.int32, len(plan.requests)))
@@ -344,6 +389,9 @@ class Runner:
         if plan.joined:
             token_ids = np.concatenate([np.asarray(r.encoder_token_ids, np.int64) for r in plan.joined])
             starts = np.cumsum([0, *(len(r.encoder_token_ids) for r in plan.joined)], dtype=np.int32)
+            if self._adapters is not None:
+                of_rows = self._encoder_slots(plan)
+                self._adapters.begin(Adapted(self._tensor(of_rows)) if (of_rows >= 0).any() else None)
             states = self.model.encode(self._tensor(token_ids), self._tensor(starts))
         lens = self._encoder_lens
         return Encoded(
@@ -374,7 +422,7 @@ class Runner:
             result.errors[int(done[row])] = error
 
     def _score(
-        self, request: Request, state: Tensor | tuple[Tensor, ...], start: int, count: int
+        self, request: Request, state: Tensor | tuple[Tensor, ...], batch: Batch, start: int, count: int
     ) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that follow the `count` rows from `start` on."""
         first = request.num_computed + 1
@@ -382,12 +430,14 @@ class Runner:
         if not following:
             return []
         rows = self._tensor(np.arange(start, start + len(following)))
-        logits = self._logits(state, rows)
+        logits = self._logits(state, batch, rows)
         if self.on_logits is not None:
             self.on_logits(logits)
         return prompt_logprobs(logits, self._tensor(np.asarray(following)), request.params.prompt_logprobs)
 
-    def _logits(self, state: Tensor | tuple[Tensor, ...], rows: Tensor) -> Tensor:
+    def _logits(self, state: Tensor | tuple[Tensor, ...], batch: Batch, rows: Tensor) -> Tensor:
+        if batch.adapters is not None:
+            self._adapters.begin(Adapted(batch.adapters.slots[rows]))
         picked = state[rows] if isinstance(state, Tensor) else tuple(part[rows] for part in state)
         return self.model.lm_head(self.model.finish(picked))
 

@@ -5,15 +5,23 @@ after a preemption are the same thing; when blocks run out the youngest running 
 at the head of the queue. The cost of a step grows with the running requests, not with the queue or with history.
 """
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from modelport.engine.adapters import AdapterSlots
 from modelport.engine.cache import Cache
 from modelport.engine.media import MediaCache
 from modelport.inputs.processor import MediaItem
+from modelport.modeling.adapters import Adapter
 from modelport.request import Request
+
+_LOOKS = 64
+"""How many waiting requests are looked at for one whose adapter has a slot."""
+_PATIENCE = 256
+"""How often the first of them is passed by before nobody passes it any more."""
 
 
 @dataclass
@@ -22,6 +30,7 @@ class Plan:
 
     :ivar encode: media whose rows this step needs and the runner lacks.
     :ivar forget: digests of media whose rows the runner drops.
+    :ivar adapters: slots and what is put into them before the step.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -30,6 +39,7 @@ class Plan:
     left: list[int] = field(default_factory=list)  # slots given back
     encode: list[MediaItem] = field(default_factory=list)
     forget: list[bytes] = field(default_factory=list)
+    adapters: list[tuple[int, Adapter]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -39,6 +49,7 @@ class Scheduler:
     :param max_num_batched_tokens: most tokens in one step.
     :param length_class: `Rope.length_class` of a model whose rotary angles depend on length.
     :param media: of a model that takes media.
+    :param adapters: of a model that takes adapters.
     """
 
     def __init__(
@@ -48,8 +59,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         length_class: Callable[[int, int], int] | None = None,
         media: MediaCache | None = None,
+        adapters: AdapterSlots | None = None,
     ):
-        self._length_class, self.media = length_class, media
+        self._length_class, self.media, self.adapters = length_class, media, adapters
+        self._passed: tuple[Request | None, int] = (None, 0)  # who was first in the queue, and how often passed by
         self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
         self.waiting: OrderedDict[Request, None] = OrderedDict()  # a queue that anybody can leave
         self.running: list[Request] = []
@@ -109,7 +122,9 @@ class Scheduler:
                 continue
             break
         while self.waiting and self._slots and budget > 0 and not preempted and len(plan.requests) < most:
-            request = next(iter(self.waiting))
+            request = next(iter(self.waiting)) if self.adapters is None else self._next_with_adapter()
+            if request is None:
+                break
             count = self._admit(request, budget)
             if not count:
                 break
@@ -123,6 +138,8 @@ class Scheduler:
             plan.left, self._left = self._left, []
         if self.media is not None:
             plan.encode, plan.forget = self.media.encode, self.media.forget
+        if self.adapters is not None:
+            plan.adapters, self.adapters.fresh = self.adapters.fresh, []
         return plan
 
     def send_off(self, plan: Plan) -> None:
@@ -154,6 +171,18 @@ class Scheduler:
                 del self._followers[id(request.leader)]
         self._release_followers(request)
 
+    def _next_with_adapter(self) -> Request | None:
+        """The first waiting request whose adapter has a slot or can have one; others wait for running ones to end."""
+        first = next(iter(self.waiting))
+        known, times = self._passed
+        if known is not first:
+            times = 0
+        for request in itertools.islice(self.waiting, _LOOKS if times < _PATIENCE else 1):
+            if request.adapter is None or self.adapters.has_room(request.adapter):
+                self._passed = (first, times + (request is not first))
+                return request
+        return None
+
     def _admit(self, request: Request, budget: int) -> int:
         """Blocks and a slot for a waiting request; the number of tokens that it computes now, 0 when it must wait."""
         # Prompt log-probabilities need logits of every prompt row, so nothing of it may come from the cache.
@@ -181,6 +210,8 @@ class Scheduler:
             return 0
         request.num_computed = hit.num_tokens
         request.slot = self._slots.pop()
+        if request.adapter is not None:
+            request.adapter_slot = self.adapters.take(request.adapter)
         metrics = request.metrics
         if metrics.first_scheduled_time is None:
             metrics.first_scheduled_time = time.monotonic()
@@ -222,6 +253,9 @@ class Scheduler:
         self._left.append(request.slot)
         self._slots.append(request.slot)
         request.slot = -1
+        if request.adapter is not None:
+            self.adapters.release(request.adapter)
+            request.adapter_slot = -1
 
     def _release_followers(self, leader: Request) -> None:
         for request in reversed(self._followers.pop(id(leader), [])):

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from modelport.loading.cut import Cut, cut_of
+from modelport.modeling.cut import Cut, cut_of
 from modelport.modeling.embedding import LMHead
 from modelport.plugin import Architecture
 
@@ -64,12 +64,9 @@ def load_weights(
         rewritten by its own architecture.
     :raises WeightsError: a tensor is missing, superfluous, given twice, of another shape, or holds NaN or infinity.
     """
-    stream = _renamed(weights, architecture)
-    if architecture.weights is not None:
-        stream = architecture.weights(stream, config)
+    stream = rewritten(weights, architecture, config, language)
     ignored = architecture.ignore
     if language is not None:
-        stream = _with_language(stream, *language)
         ignored = (*ignored, *(_LANGUAGE + pattern for pattern in language[0].ignore))
     targets, optional = _targets(model), _tied_names(model)
     ignored = (*ignored, *unused_names(model), *unused)
@@ -120,6 +117,19 @@ def fill_random(model: nn.Module, dtype: torch.dtype, device: torch.device, seed
 def tensor_names(model: nn.Module) -> set[str]:
     """Every name under which a tensor of the checkpoint fills something in `model`."""
     return set(_targets(model)) | _tied_names(model)
+
+
+def rewritten(
+    weights: Iterable[tuple[str, Tensor]],
+    architecture: Architecture,
+    config: BaseModel,
+    language: tuple[Architecture, BaseModel] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's stream as what fills the model; parameters as in `load_weights`."""
+    stream = _renamed(weights, architecture)
+    if architecture.weights is not None:
+        stream = iter(architecture.weights(stream, config))
+    return stream if language is None else _with_language(stream, *language)
 
 
 def _renamed(weights: Iterable[tuple[str, Tensor]], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from modelport.config import EngineConfig, TextConfig
 from modelport.loading.checkpoint import open_weights
-from modelport.loading.loader import WeightsError, fill_random, load_weights, tensor_names, unused_names
+from modelport.loading.loader import WeightsError, fill_random, load_weights, rewritten, tensor_names, unused_names
 from modelport.modeling.embedding import Embedding, LMHead
 from modelport.modeling.linear import Linear
 from modelport.modeling.moe import ExpertLinear
@@ -126,7 +126,10 @@ def build_empty(about: Description, plugins: Plugins, engine: EngineConfig) -> n
         else:
             inner, config = about.language
             model = about.architecture.model_class()(about.config, inner.model_class()(config))
-        info = ModelInfo(about.architecture, about.config, engine, about.checkpoint)
+        info = ModelInfo(
+            about.architecture, about.config, engine, about.checkpoint, about.dtype, about.device,
+            lambda stream: rewritten(stream, about.architecture, about.config, about.language),
+        )  # fmt: skip
         plugins.hook.transform_model(model=model, info=info)
     return model
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modelport.batch import Batch
 from modelport.config import TextConfig
+from modelport.modeling.adapters import begin
 from modelport.modeling.embedding import Embedding, LMHead
 
 State = Tensor | tuple[Tensor, ...]
@@ -29,6 +30,8 @@ class Model(Protocol):
     tokens' embeddings; `media_modules`, the modules that only `embed_media` uses; `num_axes`, when rotary positions
     have several; and, where rows are more than embeddings, `merge_media(state, media)`: the embedded tokens and
     `Batch.media` (or None) -> the state of the first block.
+
+    A model that takes adapters has `adapters` (`modeling.adapters`), which a plugin gives it.
     """
 
     lm_head: nn.Module
@@ -46,6 +49,7 @@ class Model(Protocol):
 
 def forward(model: Model, token_ids: Tensor, batch: Batch) -> State:
     """Run every block over (tokens,) ids; `finish` and `lm_head` follow for the rows that need logits."""
+    begin(model, batch.adapters)
     state = embed(model, token_ids, batch)
     for block in model.blocks:
         state = block(state, batch)

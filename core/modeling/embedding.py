@@ -5,12 +5,15 @@ from torch import Tensor, nn
 
 from modelport.batch import Batch
 from modelport.kernels import linear as kernel
+from modelport.modeling.linear import Update
 
 
 class Embedding(nn.Module):
     """One row per token id; weight: (num_embeddings, size). `scale` multiplies the rows.
 
     Shared with a tied `LMHead`, the weight is kept once, in the form that the head's product reads fastest.
+
+    :ivar update: takes the ids and their rows (tokens, size), before `scale`, and gives the rows to go on with.
     """
 
     def __init__(self, num_embeddings: int, size: int, scale: float = 1.0):
@@ -20,6 +23,7 @@ class Embedding(nn.Module):
         self.is_shared = False
         self.packed: kernel.PackedWeight | None = None
         self.packer = kernel.pack
+        self.update: Update | None = None
 
     def pack(self) -> None:
         """Swap the loaded weight for its packed form, when a head shares it; called once by the core."""
@@ -33,6 +37,8 @@ class Embedding(nn.Module):
             rows = nn.functional.embedding(token_ids, self.weight)
         else:
             rows = self.packed.rows(token_ids).to(self.dtype)
+        if self.update is not None:
+            rows = self.update(token_ids, rows)
         # The factor is rounded to the weights' type first, as published implementations do.
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
@@ -58,6 +64,7 @@ class LMHead(nn.Module):
     :param tied: the embedding whose weight is also the head's; the checkpoint then needs none of its own.
     :param scale: factor on logits.
     :param softcap: logits, scaled, become `softcap * tanh(logits / softcap)`; 0 for none.
+    :ivar update: as `Linear.update`, before `scale`.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(vocab_size), requires_grad=False) if bias else None
         self.packed: kernel.PackedWeight | None = None
         self.packer = kernel.pack
+        self.update: Update | None = None
 
     @property
     def is_tied(self) -> bool:
@@ -94,6 +102,8 @@ class LMHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = kernel.linear(x, self.tied[0].packed if self.is_tied else self.packed, self.bias)
+        if self.update is not None:
+            logits = self.update(x, logits)
         if self.scale != 1.0:
             logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

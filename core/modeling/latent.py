@@ -15,7 +15,7 @@ from modelport.kernels import attention as kernel
 from modelport.kernels import kv_cache
 from modelport.kernels import rope as rope_kernel
 from modelport.modeling.cache import CacheSpec
-from modelport.modeling.linear import ColumnLinear, Linear, RowLinear
+from modelport.modeling.linear import ColumnLinear, Linear, RowLinear, Update
 from modelport.modeling.norm import RMSNorm
 from modelport.modeling.rope import Rope
 
@@ -23,7 +23,11 @@ from modelport.modeling.rope import Rope
 class UpProjection(ColumnLinear):
     """`kv_b_proj`: what turns a latent into a head's key and value; weight: (heads * (nope + v), rank).
 
-    Used from both sides instead of as a product, so it stays in the model's dtype under quantisation.
+    Used from both sides instead of as a product, so it stays in the model's dtype under quantisation. `update` does not
+    serve it; it has one for each side.
+
+    :ivar update_k, update_v: take the input of `absorb` or `values` and what comes of it, both (tokens, heads, size), and
+        give what to go on with.
     """
 
     def __init__(self, rank: int, num_heads: int, nope: int, v_head_dim: int):
@@ -31,6 +35,8 @@ class UpProjection(ColumnLinear):
         self.sizes = (num_heads, nope, v_head_dim)
         self.up_k: Tensor | None = None
         self.up_v: Tensor | None = None
+        self.update_k: Update | None = None
+        self.update_v: Update | None = None
 
     def pack(self) -> None:
         heads, nope, v = self.sizes
@@ -41,11 +47,13 @@ class UpProjection(ColumnLinear):
 
     def absorb(self, q: Tensor) -> Tensor:
         """q: (tokens, heads, nope) -> queries of latents (tokens, heads, rank)."""
-        return torch.bmm(q.transpose(0, 1), self.up_k).transpose(0, 1)
+        out = torch.bmm(q.transpose(0, 1), self.up_k).transpose(0, 1)
+        return out if self.update_k is None else self.update_k(q, out)
 
     def values(self, mixed: Tensor) -> Tensor:
         """Mixtures of latents (tokens, heads, rank) -> (tokens, heads * v_head_dim)."""
-        return torch.bmm(mixed.transpose(0, 1), self.up_v).transpose(0, 1).flatten(1)
+        out = torch.bmm(mixed.transpose(0, 1), self.up_v).transpose(0, 1)
+        return (out if self.update_v is None else self.update_v(mixed, out)).flatten(1)
 
 
 class LatentAttention(nn.Module):

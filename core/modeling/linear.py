@@ -2,15 +2,22 @@
 
 Decisions: a fused layer's `parts` are the only statement of what it holds; loading, LoRA, quantisation and sharding
 read it. `residual=` adds in the product itself (no separate pass over memory). After loading the core calls `pack`
-once, which swaps the weight for the form that the device's kernel reads fastest.
+once, which swaps the weight for the form that the device's kernel reads fastest. A plugin that adds to a layer's result,
+as adapters do, sets its `update`: whatever kind of layer it is, and however it is divided, that is the one place.
 
 x: (tokens, in_features); every result: (tokens, out_features).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from modelport.kernels import linear as kernel
+
+Update = Callable[[Tensor, Tensor], Tensor]
+"""Takes a layer's input and its result, (rows, in_features) and (rows, out_features), and gives the result to go on with;
+it may change the one that it was given."""
 
 
 class Linear(nn.Module):
@@ -18,6 +25,7 @@ class Linear(nn.Module):
 
     :ivar parts: names and rows of the checkpoint tensors that lie stacked in `weight`; empty when it is one tensor.
     :ivar packer: makes the packed form of the loaded weight; quantisation sets another one.
+    :ivar update: adds to the result, before a sum over places that divide the layer's inputs.
     """
 
     def __init__(
@@ -29,6 +37,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.packed: kernel.PackedWeight | None = None
         self.packer = kernel.pack
+        self.update: Update | None = None
 
     def pack(self) -> None:
         """Swap the loaded weight for its packed form; called once by the core."""
@@ -36,7 +45,8 @@ class Linear(nn.Module):
         self.weight = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return kernel.linear(x, self.packed, self.bias, residual)
+        out = kernel.linear(x, self.packed, self.bias, residual)
+        return out if self.update is None else self.update(x, out)
 
     def extra_repr(self) -> str:
         held = f", parts={'+'.join(name for name, _ in self.parts)}" if self.parts else ""

@@ -8,6 +8,7 @@ GraniteMoe, gpt-oss) is the softmax of all of them with `normalize=1`. Experts a
 x: (tokens, hidden); shares: (tokens, top_k) float32; ids: (tokens, top_k) int64.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from modelport.kernels import linear as linear_kernel
 from modelport.kernels import moe as kernel
 from modelport.kernels.activation import ACTIVATIONS
 from modelport.kernels.moe import SwigluOAI as SwigluOAI
+from modelport.modeling.linear import Update
 
 
 class Router(nn.Module):
@@ -31,6 +33,7 @@ class Router(nn.Module):
     :param groups: the experts' groups; a token's experts all lie in its `top_groups` best ones.
     :param group_best: a group is judged by the sum of so many of its best scores: 1 in DeepSeek-V2, 2 in V3.
     :param exact: compute the logits in float32, whatever the model's dtype.
+    :ivar update: as `Linear.update`, of the logits.
     :raises ValueError: settings that cannot give every token `top_k` experts.
     """
 
@@ -75,6 +78,7 @@ class Router(nn.Module):
             nn.Parameter(torch.empty(num_experts), requires_grad=False) if correction else None
         )
         self.packed: linear_kernel.PackedWeight | None = None
+        self.update: Update | None = None
 
     def pack(self) -> None:
         """Swap the loaded weight for its packed form; called once by the core. Quantisation leaves routers alone."""
@@ -84,7 +88,9 @@ class Router(nn.Module):
             self.bias = nn.Parameter(self.bias.data.float(), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.choose(linear_kernel.linear(x.float() if self.exact else x, self.packed, self.bias))
+        x = x.float() if self.exact else x
+        logits = linear_kernel.linear(x, self.packed, self.bias)
+        return self.choose(logits if self.update is None else self.update(x, logits))
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits: (tokens, num_experts) -> shares, ids."""
@@ -176,6 +182,8 @@ class Experts(nn.Module):
 
     :param act: the checkpoint's `hidden_act`, or `SwigluOAI`.
     :param names: of gate, up and down in the checkpoint.
+    :ivar update: computes in place of this layer, called as `forward` is with the layer before all other arguments; it may
+        call `compute`.
     :raises ValueError: an activation that is not known.
     """
 
@@ -193,8 +201,25 @@ class Experts(nn.Module):
         if isinstance(act, str) and act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {act!r} is not supported; known: {', '.join(sorted(ACTIVATIONS))}")
         self.act = act
+        self.update: Callable[[Experts, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
         self.gate_up_proj = ExpertLinear(num_experts, hidden_size, intermediate_size, names[:2], bias)
         self.down_proj = ExpertLinear(num_experts, intermediate_size, hidden_size, names[2:], bias)
 
     def forward(self, x: Tensor, shares: Tensor, ids: Tensor, residual: Tensor | None = None) -> Tensor:
-        return kernel.experts(x, ids, shares, self.gate_up_proj.packed, self.down_proj.packed, self.act, residual)
+        if self.update is not None:
+            return self.update(self, x, shares, ids, residual)
+        return self.compute(x, shares, ids, residual)
+
+    def compute(
+        self,
+        x: Tensor,
+        shares: Tensor,
+        ids: Tensor,
+        residual: Tensor | None = None,
+        extra: Tensor | None = None,
+        inner: Tensor | None = None,
+    ) -> Tensor:
+        """What `forward` says; extra, inner: as `kernels.moe.experts` takes them."""
+        return kernel.experts(
+            x, ids, shares, self.gate_up_proj.packed, self.down_proj.packed, self.act, residual, extra, inner
+        )

@@ -65,7 +65,8 @@ class StepLinear(ColumnLinear):
     keep_float32 = ("bias",)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear_kernel.linear(x, self.packed, None, residual)
+        out = linear_kernel.linear(x, self.packed, None, residual)
+        return out if self.update is None else self.update(x, out)
 
 
 class MambaMixer(nn.Module):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from modelport.batch import Batch
+from modelport.modeling.adapters import begin
 from modelport.modeling.decoder import Model, State, embed
 from modelport.modeling.embedding import Embedding, LMHead
 from modelport.parallel.groups import Place
@@ -77,6 +78,7 @@ def keep_stage(model: Model, place: Place, vocab_size: int, counts: Sequence[int
 
 def run_stage(model: Model, mine: range, place: Place, token_ids: Tensor, batch: Batch) -> State:
     """`forward` for one stage: (tokens,) ids, or the state of the stage before, through its blocks and onward."""
+    begin(model, batch.adapters)
     state: State = embed(model, token_ids, batch) if place.is_first else place.receive()
     blocks = model.blocks
     for index in mine:

@@ -52,6 +52,7 @@ class PlaceRunner(Runner):
     def _follow(self, plan: Plan) -> StepResult:
         for request in plan.joined:
             self._seat(request)
+        self._place_adapters(plan)
         if self._encodes:
             self._encode_media(plan)
         slots, computed, lengths, counts = self._rows(plan)

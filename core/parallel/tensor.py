@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modelport.loading.cut import Cut, Piece
+from modelport.modeling.cut import Cut, Piece
 from modelport.modeling.attention import Attention, CrossAttention, EncoderAttention
 from modelport.modeling.block_sparse import BlockSparseAttention
 from modelport.modeling.latent import LatentAttention
@@ -293,12 +293,8 @@ def _divide_by_expert(module: Experts, place: Place) -> str:
 
     def forward(x: Tensor, shares: Tensor, ids: Tensor, residual: Tensor | None = None) -> Tensor:
         local = ids - mine.start
-        rows, slots = ((local >= 0) & (local < mine.size)).nonzero(as_tuple=True)  # the choices that are computed here
-        found = x.new_zeros(*ids.shape, x.shape[-1])  # (tokens, top_k, hidden)
-        if len(rows):
-            found[rows, slots] = mixture(x[rows], shares[rows, slots][:, None], local[rows, slots][:, None])
-        total = found.sum(1, dtype=torch.float32).to(x.dtype)
-        return place.all_reduce(total if residual is None or place.tp_rank else total + residual)
+        here = torch.where((local >= 0) & (local < mine.size), local, -1)  # the others add nothing
+        return place.all_reduce(mixture(x, shares, here, None if place.tp_rank else residual))
 
     module.forward = forward
     return f"{mine.size} of {count} experts"

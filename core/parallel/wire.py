@@ -7,6 +7,7 @@ requests is a few kilobytes. Tensors of media travel beside the records (`channe
 
 import itertools
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from modelport.engine.runner import StepResult
 from modelport.engine.sampler import TokenLogprobs
 from modelport.engine.scheduler import Plan
 from modelport.inputs.processor import MediaItem, PlacedItem
+from modelport.modeling.adapters import Adapter, Adapters
 from modelport.request import Request
 from modelport.sampling_params import SamplingParams
 
@@ -41,6 +43,8 @@ class PlanWriter:
                 request.length_class, request.wants_prompt_logprobs, new if any(new) else 0,
             ])  # fmt: skip
         message = {"left": plan.left, "joined": [_request(r) for r in plan.joined], "rows": rows}
+        if plan.adapters:
+            message["adapters"] = [[slot, str(found.path), found.digest.hex()] for slot, found in plan.adapters]
         tensors: dict[str, Tensor] = {}
         if plan.encode or plan.forget:
             message["encode"] = [_item(item) for item in plan.encode]
@@ -69,6 +73,7 @@ def _request(request: Request) -> dict[str, Any]:
         "media": [[placed.start, _item(placed.item)] for placed in request.media],
         "spans": request.spans,
         "axes": None if request.axes is None else request.axes.tolist(),
+        "adapter_slot": request.adapter_slot,
     }
 
 
@@ -95,14 +100,19 @@ def _read_item(record: dict[str, Any], tensors: dict[str, Tensor]) -> MediaItem:
 
 
 class PlanReader:
-    """A worker's side: its requests by slot, and plans over them."""
+    """A worker's side: its requests by slot, and plans over them.
 
-    def __init__(self) -> None:
+    :param adapters: of the worker's part of the model, if it takes any.
+    """
+
+    def __init__(self, adapters: Adapters | None = None) -> None:
         self._requests: dict[int, Request] = {}
+        self._adapters = adapters
 
     def read(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         joined = [self._made(record) for record in message["joined"]]
         plan = Plan(joined=joined, left=message["left"])
+        plan.adapters = [(slot, self._read(path, digest)) for slot, path, digest in message.get("adapters", ())]
         parts: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             number, _, name = key.partition("/")
@@ -122,6 +132,16 @@ class PlanReader:
             plan.requests.append(request)
             plan.counts.append(count)
         return plan
+
+    def _read(self, path: str, digest: str) -> Adapter:
+        """:raises RuntimeError: the files are not those that the engine has read."""
+        try:
+            found = self._adapters.read(Path(path))
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"a worker cannot read an adapter that the engine has read: {error}") from None
+        if found.digest.hex() != digest:
+            raise RuntimeError(f"the adapter {path} is another one for a worker than for the engine; did it change?")
+        return found
 
     def _made(self, record: dict[str, Any]) -> Request:
         params = record["params"]
@@ -143,6 +163,7 @@ class PlanReader:
             axes=None if record["axes"] is None else np.asarray(record["axes"], dtype=np.int32),
             blocks=[[] for _ in range(record["groups"])],
             slot=record["slot"],
+            adapter_slot=record["adapter_slot"],
         )
         self._requests[request.slot] = request
         return request

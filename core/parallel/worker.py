@@ -22,6 +22,7 @@ from modelport.config import EngineConfig
 from modelport.engine.memory import Limits
 from modelport.loading.checkpoint import read_config, resolve
 from modelport.loading.model import describe
+from modelport.modeling.adapters import adapters_of
 from modelport.parallel.channel import Channel, Frame, Kind
 from modelport.parallel.groups import DistributedLinks, Place
 from modelport.parallel.network import interface_of
@@ -75,7 +76,7 @@ def serve(engine: Channel, rank: int, local: int, plugins: Plugins) -> None:
         assert frame.kind == Kind.LOAD, frame.kind
         status.set("loads its part of the model")
         loaded = _load(engine, frame.message, rank, local, plugins, status, store)
-        reader = PlanReader()
+        reader = PlanReader(adapters_of(loaded.model))
         while True:
             status.set("waits for the engine")
             frame = inbox.get()

@@ -29,6 +29,7 @@ HEADERS = [
     "linear.inc",
     "attention.inc",
     "moe.inc",
+    "lora.inc",
     "ssm.inc",
     "variant.inc",
 ]  # fmt: skip

@@ -94,6 +94,22 @@ struct Linear {
     int dtype, threads;
 };
 
+struct Lora {
+    const void *x;  // (rows, in) in dtype
+    int64_t x_stride, rows, in, out;
+    const int32_t *slots;   // (rows,): -1 for none
+    int64_t count, parts, rank;
+    const void *a;          // (count, parts * rank, in) in dtype
+    int64_t a_slot, a_row;
+    const void *b;          // (count, rank, out) in dtype
+    int64_t b_slot, b_row;
+    const int32_t *ranks;   // (count,): how many of a slot's rank are in use
+    const int32_t *starts;  // (parts + 1,): first output of each part
+    void *result;           // (rows, out), added to
+    int64_t result_stride;
+    int dtype, threads;
+};
+
 struct Experts {
     const void *x;  // (tokens, hidden) in dtype
     int64_t x_stride, tokens, hidden, width, experts, chosen;
@@ -105,7 +121,9 @@ struct Experts {
     const float *gate_up_bias, *down_bias;      // of the same shapes, or null
     const void *residual;                       // (tokens, hidden) in dtype, or null
     int64_t residual_stride;
-    void *result;  // (tokens, hidden) contiguous
+    const void *extra;  // (tokens, chosen, 2, width) in dtype, added before the activation, or null
+    void *inner;        // (tokens, chosen, width) in dtype, what goes into the down product, or null
+    void *result;       // (tokens, hidden) contiguous
     int act;
     float limit, alpha;
     int dtype, threads;
@@ -172,6 +190,7 @@ struct Kernels {
     void (*attention)(const Attention &);
     void (*linear)(const Linear &);
     void (*experts)(const Experts &);
+    void (*lora)(const Lora &);
     void (*causal_conv)(const CausalConv &);
     void (*selective_scan)(const SelectiveScan &);
     void (*head_scan)(const HeadScan &);

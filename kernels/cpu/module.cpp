@@ -454,7 +454,8 @@ static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Reader r{args, count};
     Experts a{};
     Tensor x = r.t(), ids = r.t(), shares = r.t(), gate_up = r.t(), gate_up_scales = r.maybe(), gate_up_bias = r.maybe(),
-           down = r.t(), down_scales = r.maybe(), down_bias = r.maybe(), residual = r.maybe(), out = r.t();
+           down = r.t(), down_scales = r.maybe(), down_bias = r.maybe(), residual = r.maybe(), extra = r.maybe(),
+           inner = r.maybe(), out = r.t();
     a.width = r.i(), a.act = (int)r.i(), a.limit = (float)r.f(), a.alpha = (float)r.f(), a.threads = (int)r.i();
     if (!r.ok()) return nullptr;
     REQUIRE(r.good && x.rows(2) && x.floating() && out.dims == 2 && out.contiguous() && out.dtype == x.dtype);
@@ -481,8 +482,13 @@ static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
     REQUIRE(!gate_up_bias.data || list(gate_up_bias, 2, a.width));
     REQUIRE(!down_bias.data || list(down_bias, 1, a.hidden));
     REQUIRE(!residual.data || (residual.rows(2) && residual.dtype == x.dtype && residual.n[0] == a.tokens && residual.n[1] == a.hidden));
+    auto of_choices = [&](const Tensor &t, int64_t width) {
+        return t.dtype == x.dtype && t.contiguous() && t.count() == a.tokens * a.chosen * width;
+    };
+    REQUIRE((!extra.data || of_choices(extra, 2 * a.width)) && (!inner.data || of_choices(inner, a.width)));
     a.ids = (const int64_t *)ids.data;
     if (!a.tokens) return answer(true);
+    a.extra = extra.data, a.inner = inner.data;
     a.x = x.data, a.x_stride = x.stride[0], a.shares = (const float *)shares.data;
     a.gate_up = gate_up.data, a.down = down.data, a.weight_dtype = gate_up.dtype;
     a.gate_up_scales = (const float *)gate_up_scales.data, a.down_scales = (const float *)down_scales.data;
@@ -490,6 +496,42 @@ static PyObject *experts(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.residual = residual.data, a.residual_stride = residual.data ? residual.stride[0] : 0;
     a.result = out.data, a.dtype = x.dtype;
     return launch(r, (double)a.tokens * a.chosen * a.hidden * a.width, a, [](const Experts &a) { return checked_experts(a); });
+}
+
+// ---- low-rank updates
+
+static Refusal checked_lora(const Lora &a) {
+    for (int64_t i = 0; i < a.rows; ++i)
+        if (a.slots[i] < -1 || a.slots[i] >= a.count) return {"a row names slot %lld of %lld", a.slots[i], a.count};
+    for (int64_t i = 0; i < a.count; ++i)
+        if (a.ranks[i] < 0 || a.ranks[i] > a.rank) return {"a slot has rank %lld of %lld", a.ranks[i], a.rank};
+    for (int64_t i = 0; i < a.parts; ++i)
+        if (a.starts[i] < 0 || a.starts[i + 1] < a.starts[i] || a.starts[i + 1] > a.out)
+            return {"a part ends at output %lld of %lld", a.starts[i + 1], a.out};
+    chosen->lora(a);
+    return {};
+}
+
+static PyObject *lora(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    Lora a{};
+    Tensor x = r.t(), slots = r.t(), down = r.t(), up = r.t(), ranks = r.t(), starts = r.t(), out = r.t();
+    a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && out.rows(2) && out.dtype == x.dtype && out.n[0] == x.n[0]);
+    REQUIRE(down.rows(3) && down.dtype == x.dtype && up.rows(3) && up.dtype == x.dtype && down.n[0] == up.n[0]);
+    REQUIRE(starts.dims == 1 && starts.n[0] > 1 && starts.list(INT32, starts.n[0]));
+    a.rows = x.n[0], a.in = x.n[1], a.out = out.n[1], a.count = up.n[0], a.rank = up.n[1], a.parts = starts.n[0] - 1;
+    REQUIRE(slots.list(INT32, a.rows) && ranks.list(INT32, a.count));
+    REQUIRE(down.n[1] == a.parts * a.rank && down.n[2] == a.in && up.n[2] == a.out);
+    if (!a.rows || !a.count || !a.rank || !a.in) return answer(true);
+    a.x = x.data, a.x_stride = x.stride[0], a.slots = (const int32_t *)slots.data;
+    a.a = down.data, a.a_slot = down.stride[0], a.a_row = down.stride[1];
+    a.b = up.data, a.b_slot = up.stride[0], a.b_row = up.stride[1];
+    a.ranks = (const int32_t *)ranks.data, a.starts = (const int32_t *)starts.data;
+    a.result = out.data, a.result_stride = out.stride[0], a.dtype = x.dtype;
+    return launch(r, (double)a.rows * a.rank * (a.parts * a.in + a.out), a,
+                  [](const Lora &a) { return checked_lora(a); });
 }
 
 // ---- state-space layers
@@ -644,7 +686,7 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(best),
                                 METHOD(draw), METHOD(rotate),
                                 METHOD(cache_write),
-                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts),
+                                METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts), METHOD(lora),
                                 METHOD(causal_conv), METHOD(selective_scan), METHOD(head_scan), METHOD(gated_norm),
                                 METHOD(isa), METHOD(use),
                                 METHOD(available), METHOD(record), METHOD(recorded), METHOD(replay), METHOD(stop),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modelport.config import TextConfig
-from modelport.loading.cut import Cut, Piece
+from modelport.modeling.cut import Cut, Piece
 from modelport.loading.loader import WeightsError, load_weights, tensor_names
 from modelport.modeling import (
     ClipVision,
