@@ -27,7 +27,7 @@ class WeightsError(ValueError):
 
 
 @dataclass
-class _Target:
+class Target:
     """Rows of one parameter that one checkpoint tensor fills."""
 
     module: nn.Module
@@ -68,19 +68,19 @@ def load_weights(
     ignored = architecture.ignore
     if language is not None:
         ignored = (*ignored, *(_LANGUAGE + pattern for pattern in language[0].ignore))
-    targets, optional = _targets(model), _tied_names(model)
+    known, optional = targets(model), _tied_names(model)
     ignored = (*ignored, *unused_names(model), *unused)
     open_rows = _rows_to_fill(model)
     surplus: list[str] = []
     seen: set[str] = set()
     for name, tensor in stream:
-        target = targets.get(name)
+        target = known.get(name)
         if name in seen:
             raise WeightsError(f"the checkpoint holds tensor {name!r} twice")
         seen.add(name)
         if target is None:
-            known = name in optional or name in elsewhere
-            if not known and not any(fnmatchcase(name, pattern) for pattern in ignored):
+            expected = name in optional or name in elsewhere
+            if not expected and not any(fnmatchcase(name, pattern) for pattern in ignored):
                 surplus.append(name)
             continue
         key = (target.path, target.parameter)
@@ -91,7 +91,7 @@ def load_weights(
         if open_rows[key] == 0 and not any(open_rows[target.path, p] > 0 for p, _ in _own(target.module)):
             _pack(target.module)
         del tensor  # the stream reads the next one before this name would be bound anew
-    _refuse(architecture, targets, open_rows, surplus, seen)
+    _refuse(architecture, known, open_rows, surplus, seen)
 
 
 def fill_random(model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int) -> None:
@@ -116,7 +116,7 @@ def fill_random(model: nn.Module, dtype: torch.dtype, device: torch.device, seed
 
 def tensor_names(model: nn.Module) -> set[str]:
     """Every name under which a tensor of the checkpoint fills something in `model`."""
-    return set(_targets(model)) | _tied_names(model)
+    return set(targets(model)) | _tied_names(model)
 
 
 def rewritten(
@@ -170,25 +170,25 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in module._parameters.items() if p is not None)
 
 
-def _targets(model: nn.Module) -> dict[str, _Target]:
+def targets(model: nn.Module) -> dict[str, Target]:
     """Checkpoint name -> where it goes; a fused layer answers to the names of its parts and to its own.
 
     Stacked layers, whose rows run over more than one dimension, are also stored without the word `weight`.
     """
-    found: dict[str, _Target] = {}
+    found: dict[str, Target] = {}
     for path, module in model.named_modules():
         parent = path.rpartition(".")[0]
         for name, parameter in _own(module):
             shape, dims = tuple(parameter.shape), _row_dims(module)
             cut = cut_of(module, name)
-            whole = _Target(module, path, name, 0, math.prod(shape[:dims]), shape, None, cut)
+            whole = Target(module, path, name, 0, math.prod(shape[:dims]), shape, None, cut)
             found[_join(path, name)] = whole
             if dims > 1:
                 found[path if name == "weight" else f"{path}_{name}"] = whole
             start = 0
             part_cut = None if cut is not None and cut.whole_parts else cut
             for part, (part_name, rows) in enumerate(getattr(module, "parts", ())):
-                found[_join(parent, part_name, name)] = _Target(
+                found[_join(parent, part_name, name)] = Target(
                     module, path, name, start, rows, (rows, *shape[dims:]), part, part_cut
                 )
                 start += rows
@@ -226,7 +226,7 @@ def _rows_to_fill(model: nn.Module) -> dict[tuple[str, str], int]:
     }
 
 
-def _copy(target: _Target, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def _copy(target: Target, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if tuple(tensor.shape) != target.full_shape:
         raise WeightsError(
             f"tensor {name!r} has shape {tuple(tensor.shape)}, the model wants {target.full_shape}; "
@@ -257,7 +257,7 @@ def _pack(module: nn.Module) -> None:
 
 def _refuse(
     architecture: Architecture,
-    targets: dict[str, _Target],
+    targets: dict[str, Target],
     open_rows: dict[tuple[str, str], int],
     surplus: list[str],
     seen: set[str],

@@ -70,7 +70,7 @@ class VisionEmbeddings(nn.Module):
         x = self.patch_embedding(pixels).unflatten(0, (len(pixels), -1))
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
-        return x + self.position_embedding.weight
+        return x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
 
 
 class VisionEncoder(nn.Module):

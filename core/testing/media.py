@@ -69,6 +69,11 @@ def compare_pictures(subject: Subject) -> Measured:
     return Measured(worst, LOGITS_LIMIT, f"{len(prompts)} prompts, with media of kind {' and '.join(seen)}")
 
 
+def media_prompts(llm: LLM) -> list[dict[str, Any]]:
+    """Prompts with items of every kind that the kit has and the model takes."""
+    return _prompts(llm, [modality for modality in SEEN if modality in llm._front.media.processor.modalities])
+
+
 def _prompts(llm: LLM, modalities: Sequence[str]) -> list[dict[str, Any]]:
     """One item, another one in its place, for each modality; several where they are taken, modalities mixed, none."""
     import numpy as np

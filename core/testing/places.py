@@ -54,12 +54,6 @@ def pipeline_parallel(subject: Subject) -> Measured:
     return divided(subject, pipeline=2)
 
 
-@conformance_check()
-def lora(subject: Subject) -> None:
-    """An adapter on every linear layer is the merged model, and two adapters in a batch do not mix."""
-    raise Skip(f"{NOT_BUILT}adapters")
-
-
 @conformance_check(every_variant=True)
 def media(subject: Subject) -> Measured:
     """Prompts with images give what the reference gives: together, cut, from the cache, divided."""

@@ -22,10 +22,10 @@ from modelport.config import EngineConfig
 from modelport.frontend import Frontend, engine_config
 from modelport.llm import LLM
 from modelport.loading.checkpoint import read_config, resolve
-from modelport.loading.model import build, describe, text_config
+from modelport.loading.model import Description, build, build_empty, describe, text_config
 from modelport.modeling.cache import CacheSpec
 from modelport.plugin import Architecture, Plugins
-from modelport.request import RequestOutput
+from modelport.request import LoRARequest, RequestOutput
 from modelport.sampling_params import SamplingParams
 from modelport.testing.prompts import TOKENS, Prompt, make_prompts
 from modelport.testing.reference import LOGITS_LIMIT, LOWEST, GoldenReference, ModuleReference
@@ -117,9 +117,20 @@ class Subject:
     def build(self, folder: Path | None = None) -> nn.Module:
         """The loaded model, without an engine around it."""
         settings = EngineConfig(model=str(folder or self.folder), **self._settings)
+        return build(self._about(settings), self.plugins, settings, self.max_model_len, progress=False)
+
+    def _about(self, settings: EngineConfig) -> Description:
         checkpoint = resolve(settings.model, None, self.plugins)
-        about = describe(checkpoint, read_config(checkpoint, self.plugins), self.plugins, settings)
-        return build(about, self.plugins, settings, self.max_model_len, progress=False)
+        return describe(checkpoint, read_config(checkpoint, self.plugins), self.plugins, settings)
+
+    @cached_property
+    def about(self) -> Description:
+        """What is known of the model before its weights are read."""
+        return self._about(EngineConfig(model=str(self.folder), **self._settings))
+
+    def build_empty(self) -> nn.Module:
+        """The model on the meta device."""
+        return build_empty(self.about, self.plugins, EngineConfig(model=str(self.folder), **self._settings))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -193,16 +204,33 @@ class Subject:
         return LLM.over(Frontend(engine_config(str(folder or self.folder), given), plugins=self.plugins))
 
     def together(
-        self, prompts: Sequence[Prompt], params: SamplingParams = GREEDY, llm: LLM | None = None, **settings: Any
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams = GREEDY,
+        llm: LLM | None = None,
+        adapters: Sequence[LoRARequest | None] | None = None,
+        **settings: Any,
     ) -> list[RequestOutput]:
-        """Run prompts in one batch."""
+        """Run prompts in one batch.
+
+        :param adapters: of each prompt.
+        """
         llm = llm or self.llm(**settings)
-        return llm.generate([prompt.for_engine() for prompt in prompts], params, use_tqdm=False)
+        given = [prompt.for_engine() for prompt in prompts]
+        return llm.generate(given, params, use_tqdm=False, lora_request=adapters)
 
     def alone(
-        self, prompts: Sequence[Prompt], tokens: int = TOKENS, folder: Path | None = None, **settings: Any
+        self,
+        prompts: Sequence[Prompt],
+        tokens: int = TOKENS,
+        folder: Path | None = None,
+        adapter: LoRARequest | None = None,
+        **settings: Any,
     ) -> list[Continuation]:
-        """Run prompts one after the other, and catch the logits at every position."""
+        """Run prompts one after the other, and catch the logits at every position.
+
+        :param adapter: of all of them.
+        """
         llm = self.llm(folder, **settings)
         params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0)
         caught: list[Tensor] = []
@@ -213,7 +241,7 @@ class Subject:
         try:
             for prompt in prompts:
                 caught.clear()
-                (found,) = continuations([prompt], self.together([prompt], params, llm))
+                (found,) = continuations([prompt], self.together([prompt], params, llm, [adapter]))
                 logits = torch.cat(caught)
                 assert len(logits) == len(prompt) + len(found.token_ids) - 1, (logits.shape, len(prompt))
                 made.append(replace(found, logits=logits))

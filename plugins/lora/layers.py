@@ -8,14 +8,14 @@ Legend: rows = rows of the layer's input; rank = room for ranks; part = of a fus
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from modelport.batch import Adapted
 from modelport.kernels.lora import LowRank, lora_
-from modelport.modeling.cut import Cut
+from modelport.modeling.cut import Cut, Piece
 from modelport.modeling.embedding import Embedding
 from modelport.modeling.latent import UpProjection
 from modelport.modeling.moe import Experts, Router
@@ -86,15 +86,17 @@ class Layer:
         cut = _cut_of(self.module)
         if cut is None:
             return a, b
-        (piece,) = cut.of(part if len(cut.pieces) > 1 else None)
+        pieces = cut.of(part if len(self.widths) > 1 else None)
         if cut.dim == -1:
-            return a[:, piece.start : piece.start + piece.size], b
-        return a, b[piece.start : piece.start + piece.size]
+            return _narrowed(a, 1, pieces), b
+        return a, _narrowed(b, 0, pieces)
 
     def _edges(self) -> tuple[int, ...]:
         cut = _cut_of(self.module)
-        widths = self.widths if cut is None or cut.dim == -1 else [piece.size for piece in cut.pieces]
-        return (0, *itertools.accumulate(widths))
+        if cut is None or cut.dim == -1:
+            return (0, *itertools.accumulate(self.widths))
+        sizes = [piece.size for piece in cut.pieces]
+        return (0, *itertools.accumulate(sizes if len(self.widths) > 1 else [sum(sizes)]))
 
     def _inputs(self) -> int:
         cut = _cut_of(self.module)
@@ -198,9 +200,7 @@ class LatentLayer:
             _fill(self.values, first + head, {})
         for a, b in pairs.values():
             cut = _cut_of(self.module)
-            if cut is not None:
-                (piece,) = cut.of(None)
-                b = b[piece.start : piece.start + piece.size]
+            b = b if cut is None else _narrowed(b, 0, cut.of(None))
             for head, each in enumerate(b.view(heads, nope + wide, -1)):
                 _fill(self.keys, first + head, {0: (each[:nope].T, a.T)})
                 _fill(self.values, first + head, {0: (a, each[nope:])})
@@ -272,10 +272,13 @@ class ExpertsLayer:
         cut = _cut_of(linear)
         if cut is None or cut.whole_parts:
             return a, b
-        piece = cut.of(part)[0] if len(cut.pieces) > 1 else cut.pieces[0]
-        if cut.dim == -1:
-            return a[:, piece.start : piece.start + piece.size], b
-        return a, b[piece.start : piece.start + piece.size]
+        pieces = cut.of(part)
+        return (_narrowed(a, 1, pieces), b) if cut.dim == -1 else (a, _narrowed(b, 0, pieces))
+
+
+def _narrowed(tensor: Tensor, dim: int, pieces: Iterable[Piece]) -> Tensor:
+    """What of it is on this place."""
+    return torch.cat([tensor.narrow(dim, piece.start, piece.size) for piece in pieces], dim)
 
 
 def _cut_of(module: nn.Module) -> Cut | None:

@@ -4,7 +4,6 @@ Decisions: the tensors say which modules are changed, the configuration how stro
 adapter needs more than low-rank products, it is refused with the reason.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -154,23 +153,3 @@ def _factors(tensors: dict[str, Tensor], config: AdapterConfig, most_rank: int) 
         if rank > most_rank:
             raise ValueError(f"{module!r} has rank {rank}, more than max_lora_rank={most_rank}; raise the setting")
         yield module, Factors(a, b, config.scale(module), module in embeddings)
-
-
-def write_peft(folder: Path, factors: dict[str, Factors], alpha: float = 1.0) -> None:
-    """Write such a folder, for tests and checks; every module has its own rank, and `scale` counts."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks = {module: len(f.a) for module, f in factors.items()}
-    config = {
-        "peft_type": "LORA", "r": max(ranks.values()), "lora_alpha": alpha,
-        "rank_pattern": {re.escape(module): rank for module, rank in ranks.items()},
-        "alpha_pattern": {re.escape(module): f.scale * ranks[module] for module, f in factors.items()},
-        "target_modules": sorted({module.rpartition(".")[2] for module in factors}),
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {}
-    for module, f in factors.items():
-        names = ("lora_embedding_A", "lora_embedding_B") if f.is_embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"{_PREFIX}{module}.{name}": t.contiguous() for name, t in zip(names, (f.a, f.b), strict=True)}
-    save_file(tensors, folder / "adapter_model.safetensors")
