@@ -123,8 +123,8 @@ class ModelInfo:
     """What `transform_model` may look at: the architecture, its configuration, the engine's settings.
 
     :ivar dtype, device: of the model once it is loaded.
-    :ivar rewrite: turns a stream of the checkpoint's `(name, tensor)` into what fills the model, renamed and rewritten as
-        the architecture says; so a plugin that has tensors under a checkpoint's names finds the layers they belong to.
+    :ivar rewrite: turns a stream of the checkpoint's `(name, tensor)` into what fills the model, renamed and rewritten
+        as the architecture says; so a plugin that has tensors under a checkpoint's names finds their layers.
     """
 
     architecture: Architecture

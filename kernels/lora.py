@@ -1,10 +1,11 @@
-"""Low-rank updates of a linear layer's result, each row with its own adapter (LoRA, Hu et al., 2021; grouped as in Punica,
-Chen et al., 2023).
+"""Low-rank updates of a linear layer's result, each row with its own adapter.
+
+LoRA is of Hu et al., 2021, the grouping of Chen et al., 2023 (Punica).
 
 Decisions: adapters lie stacked in slots, and a row names the slot that is its own, so that rows of many adapters and of
-none are one call without sorting in Python; what is added is summed in float32 and rounded once, into the result. Parts
-of a fused layer have an A each, which lie one behind another; a B lies as (rank, out), so that its rows are read as they
-come.
+none are one call without sorting in Python; what is added is summed in float32 and rounded once, into the result.
+Parts of a fused layer have an A each, which lie one behind another; a B lies as (rank, out), so that its rows are read
+as they come.
 
 Legend: rows = rows of the layer's input; slots = places for adapters; parts = of a fused layer; rank = room for ranks.
 """
@@ -24,8 +25,8 @@ class LowRank:
 
     :ivar a: (slots, parts * rank, in).
     :ivar b: (slots, rank, out), with the adapters' scale in it.
-    :ivar ranks: (slots,) int32, how much of `rank` each slot uses; 0 where its adapter leaves the layer alone. The rest of
-        its `a` and `b` are zeros.
+    :ivar ranks: (slots,) int32, how much of `rank` each slot uses; 0 where its adapter leaves the layer alone. The rest
+        of its `a` and `b` are zeros.
     :ivar edges: (parts + 1,) first output of each part; the last is the number of outputs.
     """
 
@@ -38,8 +39,10 @@ class LowRank:
     def __post_init__(self) -> None:
         parts, (slots, rank, out) = len(self.edges) - 1, self.b.shape
         if self.a.shape[:2] != (slots, parts * rank) or self.edges[-1] != out or self.ranks.shape != (slots,):
-            raise ValueError(f"low-rank matrices {tuple(self.a.shape)} and {tuple(self.b.shape)} do not fit {parts} parts "
-                             f"that end at {self.edges[-1]}, and {tuple(self.ranks.shape)} ranks")  # fmt: skip
+            raise ValueError(
+                f"low-rank matrices {tuple(self.a.shape)} and {tuple(self.b.shape)} do not fit {parts} parts that end "
+                f"at {self.edges[-1]}, and {tuple(self.ranks.shape)} ranks"
+            )
         self.starts = torch.tensor(self.edges, dtype=torch.int32)
 
 

@@ -67,8 +67,8 @@ class AdapterShelf:
                 self._drop()
         if (known.request.lora_name, known.request.lora_path) != (request.lora_name, request.lora_path):
             raise ValueError(
-                f"lora_int_id={request.lora_int_id} is {known.request.lora_name!r} from {known.request.lora_path!r} here,"
-                f" not {request.lora_name!r} from {request.lora_path!r}; take another id, or remove_lora first"
+                f"lora_int_id={request.lora_int_id} is {known.request.lora_name!r} from {known.request.lora_path!r}, "
+                f"not {request.lora_name!r} from {request.lora_path!r}; take another id, or remove_lora first"
             )
         return known.request, known.adapter
 

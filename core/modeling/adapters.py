@@ -2,14 +2,14 @@
 
 Decisions: a plugin serves them. In `transform_model` it sets the `update` of layers and leaves an `Adapters` as
 `model.adapters`; the core says which adapter lies in which slot and which slot each row of a computation has, and knows
-nothing of what an adapter is. Rows are told at the few places where a computation begins, so that no layer and no family
-hands anything on.
+nothing of what an adapter is. Rows are told at the few places where a computation begins, so that no layer and no
+family hands anything on.
 """
 
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from modelport.batch import Adapted
 

@@ -26,8 +26,8 @@ class UpProjection(ColumnLinear):
     Used from both sides instead of as a product, so it stays in the model's dtype under quantisation. `update` does not
     serve it; it has one for each side.
 
-    :ivar update_k, update_v: take the input of `absorb` or `values` and what comes of it, both (tokens, heads, size), and
-        give what to go on with.
+    :ivar update_k, update_v: take the input of `absorb` or `values` and what comes of it, both (tokens, heads, size),
+        and give what to go on with.
     """
 
     def __init__(self, rank: int, num_heads: int, nope: int, v_head_dim: int):

@@ -2,8 +2,9 @@
 
 Decisions: a fused layer's `parts` are the only statement of what it holds; loading, LoRA, quantisation and sharding
 read it. `residual=` adds in the product itself (no separate pass over memory). After loading the core calls `pack`
-once, which swaps the weight for the form that the device's kernel reads fastest. A plugin that adds to a layer's result,
-as adapters do, sets its `update`: whatever kind of layer it is, and however it is divided, that is the one place.
+once, which swaps the weight for the form that the device's kernel reads fastest. A plugin that adds to a layer's
+result, as adapters do, sets its `update`: whatever kind of layer it is, and however it is divided, that is the one
+place.
 
 x: (tokens, in_features); every result: (tokens, out_features).
 """
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from modelport.kernels import linear as kernel
 
 Update = Callable[[Tensor, Tensor], Tensor]
-"""Takes a layer's input and its result, (rows, in_features) and (rows, out_features), and gives the result to go on with;
-it may change the one that it was given."""
+"""Takes a layer's input and its result, (rows, in_features) and (rows, out_features), and gives the result to go on
+with; it may change the one that it was given."""
 
 
 class Linear(nn.Module):

@@ -182,8 +182,8 @@ class Experts(nn.Module):
 
     :param act: the checkpoint's `hidden_act`, or `SwigluOAI`.
     :param names: of gate, up and down in the checkpoint.
-    :ivar update: computes in place of this layer, called as `forward` is with the layer before all other arguments; it may
-        call `compute`.
+    :ivar update: computes in place of this layer, called as `forward` is with the layer before all other arguments; it
+        may call `compute`.
     :raises ValueError: an activation that is not known.
     """
 

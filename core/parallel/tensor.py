@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modelport.modeling.cut import Cut, Piece
 from modelport.modeling.attention import Attention, CrossAttention, EncoderAttention
 from modelport.modeling.block_sparse import BlockSparseAttention
+from modelport.modeling.cut import Cut, Piece
 from modelport.modeling.latent import LatentAttention
 from modelport.modeling.linear import ColumnLinear, Linear, MergedLinear, QKVLinear, RowLinear
 from modelport.modeling.moe import Experts

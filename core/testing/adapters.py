@@ -2,7 +2,8 @@
 
 Decisions: adapters are made for every layer that takes them, under the names of the checkpoint, and merged into its
 tensors in float64; where a tensor holds many matrices (stacked experts), each gets its own, and what the family's
-rewriting does with places tells where to merge it. The second adapter has another rank and leaves every other layer alone.
+rewriting does with places tells where to merge it. The second adapter has another rank and leaves every other layer
+alone.
 """
 
 import json
@@ -23,7 +24,16 @@ from modelport.testing.media import media_prompts
 from modelport.testing.prompts import Prompt
 from modelport.testing.reference import LOGITS_LIMIT, SENSITIVITY, GoldenReference
 from modelport.testing.registry import Failure, Measured, conformance_check
-from modelport.testing.subject import GREEDY, Continuation, Subject, continuations, difference, largest, magnitude, needs
+from modelport.testing.subject import (
+    GREEDY,
+    Continuation,
+    Subject,
+    continuations,
+    difference,
+    largest,
+    magnitude,
+    needs,
+)
 
 RANKS = (4, 3)
 TOKENS = 8  # that prompts are continued by: many ways are tried
@@ -124,7 +134,9 @@ def _layers(subject: Subject) -> Iterator[tuple[str, Tensor, _Place]]:
         except (ValueError, RuntimeError, IndexError, KeyError, TypeError):
             continue  # the family wants its neighbours beside it
         made = [(path, out, known.get(path)) for path, out in made]
-        made = [(path, out, target) for path, out, target in made if target is not None and target.parameter == "weight"]
+        made = [
+            (path, out, target) for path, out, target in made if target is not None and target.parameter == "weight"
+        ]
         if not made or not all(isinstance(target.module, KINDS) for _, _, target in made):
             continue
         path, out, target = made[0]
@@ -234,7 +246,9 @@ def _require_effect(wanted: Sequence[tuple[LoRARequest | None, Sequence[Continua
     for other in others:
         moved = largest(other - base) / magnitude(base)
         if moved < SENSITIVITY:
-            raise Failure(f"an adapter moves the logits by {moved:.1e} of the largest only; choose other sizes in `tiny`")
+            raise Failure(
+                f"an adapter moves the logits by {moved:.1e} of the largest only; choose other sizes in `tiny`"
+            )
 
 
 def _with_media(subject: Subject, made: Made) -> float:

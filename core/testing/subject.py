@@ -107,6 +107,9 @@ class Subject:
         folder = self.scratch / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        for file in self.folder.glob("*.json"):  # how media are prepared, and the like
+            if not file.name.endswith(".index.json"):
+                shutil.copy(file, folder)
         (folder / "config.json").write_text(json.dumps(self.raw_config if config is None else dict(config)))
         chosen = self.tensors if tensors is None else tensors
         save_file({k: v.contiguous() for k, v in chosen.items()}, folder / "model.safetensors", {"format": "pt"})

@@ -1,8 +1,8 @@
 """The adapters of one layer, stacked, and what they add to its result.
 
-Decisions: a layer that no adapter has changed holds nothing and adds nothing; room is made when the first one comes, for
-its rank, and grows with the largest. Of a layer that several places divide, a place cuts its part out of an adapter as
-the loader cut it out of the weight (`module.cuts`), which makes what it adds its part of the sum.
+Decisions: a layer that no adapter has changed holds nothing and adds nothing; room is made when the first one comes,
+for its rank, and grows with the largest. Of a layer that several places divide, a place cuts its part out of an adapter
+as the loader cut it out of the weight (`module.cuts`), which makes what it adds its part of the sum.
 
 Legend: rows = rows of the layer's input; rank = room for ranks; part = of a fused layer.
 """
@@ -40,7 +40,8 @@ class Rows:
             return torch.full((count,), now, dtype=torch.int32, device=device)
         if len(now.slots) == count:
             return now.slots
-        assert now.seen is not None and len(now.seen) == count, (count, len(now.slots))
+        assert now.seen is not None, count
+        assert len(now.seen) == count, (count, len(now.slots))
         return now.seen
 
     def of_states(self) -> Tensor:
@@ -131,7 +132,10 @@ class EmbeddingLayer(Layer):
         known = 0 if self.low_rank is None else self.low_rank.b.shape[1]
         moved = rank > known
         if moved:
-            old, self.tables = self.tables, torch.zeros(self.slots, self.in_features, rank, dtype=self.dtype, device=device)
+            old, self.tables = (
+                self.tables,
+                torch.zeros(self.slots, self.in_features, rank, dtype=self.dtype, device=device),
+            )
             if old is not None:
                 self.tables[:, :, :known] = old
             # the rows that were looked up need no product with an `a`
@@ -156,7 +160,7 @@ class RouterLayer(Layer):
 
 
 class LatentLayer:
-    """`kv_b_proj` of latent attention, which is multiplied from both sides; every head has a low-rank product of its own.
+    """`kv_b_proj` of latent attention, multiplied from both sides; every head has a low-rank product of its own.
 
     A key is `(up_k + b_k @ a) @ latent`, so a query of it gains `(q @ b_k) @ a`; a value gains `b_v @ (a @ mixed)`.
     """
@@ -215,9 +219,7 @@ class ExpertsLayer:
         self.stacks: dict[str, LowRank] = {}
         module.update = self.update
 
-    def update(
-        self, module: Experts, x: Tensor, shares: Tensor, ids: Tensor, residual: Tensor | None = None
-    ) -> Tensor:
+    def update(self, module: Experts, x: Tensor, shares: Tensor, ids: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.rows.now is None or not self.stacks:
             return module.compute(x, shares, ids, residual)
         (tokens, chosen), count = ids.shape, len(self._local())

@@ -42,7 +42,7 @@ class Target:
 
 
 def find_targets(model: nn.Module, rows: Rows, slots: int, dtype: torch.dtype) -> dict[str, Target]:
-    """Every layer that takes adapters, by the names of its tensors without `.weight`; the layers are changed to do so."""
+    """Every layer that takes adapters, by the names of its tensors without `.weight`; it is changed to do so."""
     states = {
         id(child)
         for module in model.modules()
@@ -65,7 +65,9 @@ def find_targets(model: nn.Module, rows: Rows, slots: int, dtype: torch.dtype) -
             count, size = module.weight.shape
             found[path] = Target(RouterLayer(module, rows, slots, size, dtype), (0,), (count,), size)
         elif isinstance(module, Embedding):
-            found[path] = Target(EmbeddingLayer(module, rows, slots, dtype), (0,), (module.num_embeddings,), module.size)
+            found[path] = Target(
+                EmbeddingLayer(module, rows, slots, dtype), (0,), (module.num_embeddings,), module.size
+            )
         elif isinstance(module, LMHead):
             count = module.tied[0].num_embeddings if module.is_tied else len(module.weight)
             layer = Layer(module, rows, slots, module.hidden_size, (count,), dtype)

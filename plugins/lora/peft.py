@@ -1,7 +1,7 @@
 """Adapter folders as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`.
 
-Decisions: the tensors say which modules are changed, the configuration how strongly; where the two disagree, or where an
-adapter needs more than low-rank products, it is refused with the reason.
+Decisions: the tensors say which modules are changed, the configuration how strongly; where the two disagree, or where
+an adapter needs more than low-rank products, it is refused with the reason.
 """
 
 import math
@@ -20,6 +20,8 @@ from torch import Tensor
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(\.default)?(\.weight)?")
+
+_FIRST_FACTORS = ("lora_A.weight", "lora_embedding_A")
 
 
 class AdapterConfig(BaseModel):
@@ -85,11 +87,15 @@ def read_peft(folder: Path, most_rank: int) -> PeftAdapter:
     """
     config_file, weights_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter_config.json; give the folder that PEFT's save_pretrained wrote")
+        raise FileNotFoundError(
+            f"{folder} holds no adapter_config.json; give the folder that PEFT's save_pretrained wrote"
+        )
     if not weights_file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         cure = "it has only a pickled one, which is not read; save it again with safe_serialization=True"
-        raise FileNotFoundError(f"{folder} holds no adapter_model.safetensors; " + (cure if pickled else "is it complete?"))
+        raise FileNotFoundError(
+            f"{folder} holds no adapter_model.safetensors; " + (cure if pickled else "is it complete?")
+        )
     written, bytes_ = config_file.read_bytes(), weights_file.read_bytes()
     config = _config(config_file, written)
     try:
@@ -128,12 +134,18 @@ def _config(file: Path, written: bytes) -> AdapterConfig:
 def _factors(tensors: dict[str, Tensor], config: AdapterConfig, most_rank: int) -> Iterator[tuple[str, Factors]]:
     found: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
+    # with embeddings among its targets PEFT adds copies of the base model's tables
+    copies = {name for name in tensors if name.endswith(".base_layer.weight")}
     for name, tensor in tensors.items():
+        if name in copies and any(name.replace("base_layer.weight", end) in tensors for end in _FIRST_FACTORS):
+            continue
         match = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
         if match is None:
             raise ValueError(f"the tensor {name!r} is no part of a low-rank product; merge the adapter into the model")
         if not tensor.is_floating_point() or tensor.dim() != 2:
-            raise ValueError(f"the tensor {name!r} has shape {tuple(tensor.shape)} and type {tensor.dtype}; is it damaged?")
+            raise ValueError(
+                f"the tensor {name!r} has shape {tuple(tensor.shape)} and type {tensor.dtype}; is it damaged?"
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"the tensor {name!r} holds NaN or infinity; the adapter cannot be used")
         found.setdefault(match["module"], {})[match["which"]] = tensor.float()

@@ -154,7 +154,8 @@ def test_hook_transform_model(only_asked_for):
         with torch.device("meta"):
             model = acme.model_class()(config)
         before = {name for name, _ in model.named_parameters()}
-        info = ModelInfo(acme, config, EngineConfig(model="tiny"), Checkpoint(Path("tiny"), "tiny"))
+        engine, checkpoint = EngineConfig(model="tiny"), Checkpoint(Path("tiny"), "tiny")
+        info = ModelInfo(acme, config, engine, checkpoint, torch.float32, torch.device("cpu"), iter)
         assert plugins.hook.transform_model(model=model, info=info) == []
         assert {name for name, _ in model.named_parameters()} == before, "the checkpoint's names still fit"
         assert all(parameter.is_meta for parameter in model.parameters())

@@ -25,7 +25,9 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     cpu.lib.isa(chosen)
 
 
-def low_rank(ranks: list[int], size: int, widths: list[int], dtype: torch.dtype, room: int | None = None) -> lora.LowRank:
+def low_rank(
+    ranks: list[int], size: int, widths: list[int], dtype: torch.dtype, room: int | None = None
+) -> lora.LowRank:
     rank, parts, edges = max(ranks, default=0) if room is None else room, len(widths), [0]
     for width in widths:
         edges.append(edges[-1] + width)
@@ -47,7 +49,9 @@ def want(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, made: lora.Low
     return result.to(out.dtype)
 
 
-def check(rows: int, ranks: list[int], size: int, widths: list[int], dtype: torch.dtype, room: int | None = None) -> None:
+def check(
+    rows: int, ranks: list[int], size: int, widths: list[int], dtype: torch.dtype, room: int | None = None
+) -> None:
     made = low_rank(ranks, size, widths, dtype, room)
     slots = torch.randint(-1, len(ranks), (rows,), dtype=torch.int32)
     # rows of a larger tensor, as the parts of a fused projection are

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from modelport.config import TextConfig
-from modelport.modeling.cut import Cut, Piece
 from modelport.loading.loader import WeightsError, load_weights, tensor_names
 from modelport.modeling import (
     ClipVision,
@@ -22,6 +21,7 @@ from modelport.modeling import (
     RowLinear,
 )
 from modelport.modeling.attention import Attention
+from modelport.modeling.cut import Cut, Piece
 from modelport.modeling.mlp import MLP, GatedMLP
 from modelport.parallel.groups import Place, ThreadHub
 from modelport.parallel.tensor import divide_layers, share, share_heads
