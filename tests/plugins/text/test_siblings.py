@@ -364,3 +364,13 @@ def test_jais_as_the_13b_models_spell_it(checkpoint):
     )
     made.config |= {"width_scale": alpha * width, "embeddings_scale": embeddings, "scale_qk_dot_by_d": by_width}
     made.assert_agrees()
+
+
+def test_yi_as_first_published(checkpoint):
+    made = checkpoint("YiForCausalLM", lambda entries: shaken(llama(entries)))
+    short = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
+    made.tensors = {
+        re.sub("|".join(short), lambda found: short[found[0]], name): tensor for name, tensor in made.tensors.items()
+    }
+    assert "model.layers.0.ln2.weight" in made.tensors
+    made.assert_agrees()
