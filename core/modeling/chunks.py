@@ -74,13 +74,17 @@ class Chunks:
         return last[3]
 
     def _layout(self, batch: Batch, block_table: Tensor, heads: int, block_size: int) -> _Layout:
-        sequence, first, count = runs(batch, self.size)
-        last = batch.positions[first] + count - 1  # (runs,), position of the last query
+        if batch.max_query_len == 1:  # rows that belong to no sequence stay out: blocks they would read may be gone
+            sequence = torch.arange(len(batch.seq_lens), device=block_table.device)
+            last, starts = batch.seq_lens.long().sub(1).clamp_(min=0), batch.query_starts
+        else:
+            sequence, first, count = runs(batch, self.size)
+            last = batch.positions[first] + count - 1  # (runs,), position of the last query
+            starts = torch.cat((first, first.new_full((1,), len(batch.positions)))).int()
         slots = math.gcd(block_size, self.size)
         in_block, in_chunk = block_size // slots, self.size // slots
         room = block_table.shape[1] * in_block
         piece = torch.arange(min(in_chunk, room), device=last.device)
         piece = ((last // self.size * in_chunk)[:, None] + piece).clamp_(max=room - 1)  # of the sequence's
         table = block_table[sequence[:, None], piece // in_block] * (heads * in_block) + piece % in_block
-        starts = torch.cat((first, first.new_full((1,), len(batch.positions))))
-        return _Layout(table.int(), starts.int(), (last % self.size + 1).int())
+        return _Layout(table.int(), starts, (last % self.size + 1).int())

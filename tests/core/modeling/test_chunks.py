@@ -1,8 +1,11 @@
 """Attention within chunks of positions against one product with a mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from modelport.batch import Batch, Pages
 from modelport.config import RopeParameters
 from modelport.kernels import cpu
 from modelport.kernels import rope as rope_kernel
@@ -44,6 +47,25 @@ def test_a_token_sees_its_own_chunk_however_a_prompt_is_cut(in_pieces, monkeypat
         found = in_pieces(layer, parts, block_size, window=size)
         for rows, part in zip(found, parts, strict=True):
             torch.testing.assert_close(rows, expected(*part, of_layer, size), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_no_sequence_read_nothing():
+    """Recorded steps have room for more sequences than run; a table may lead nowhere where a chunk has passed."""
+    layer = Attention(HEADS, KV_HEADS, DIM, chunks=Chunks(8))
+    layer.attach(*torch.randn(2, 3, KV_HEADS, 4, DIM), 0)
+    table = torch.tensor([[-1, -1, 2, 1], [0, 0, 0, 0]], dtype=torch.int32)
+    starts, lens = torch.tensor([0, 1, 1], dtype=torch.int32), torch.tensor([11, 0], dtype=torch.int32)
+    batch = Batch(torch.tensor([10, 0]), starts, lens, (Pages(table, torch.tensor([6, 0])),), lens * 0, 1)
+    step = layer.chunks.layout(batch, 0, layer.k_cache)
+    assert step.starts is starts
+    assert step.lens[0] == 3
+    assert (step.table[0] >= 0).all()
+    q, k = torch.randn(2, HEADS, DIM), torch.randn(2, KV_HEADS, DIM)
+    alone = layer(q[:1], k[:1], k[:1], replace(batch, positions=batch.positions[:1], query_starts=starts[:2],
+                  seq_lens=lens[:1], pages=(Pages(table[:1], torch.tensor([6])),)))  # fmt: skip
+    out = layer(q, k, k, batch)
+    torch.testing.assert_close(out[:1], alone)
+    assert not out[1].any()
 
 
 def test_chunks_and_what_counts_from_a_sequences_end_are_refused_together():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from modelport.plugins.text.baichuan import BaichuanConfig
+from modelport.plugins.text.jais import JaisConfig
 
 
 def llama(entries: dict, **more) -> nn.Module:
@@ -354,6 +355,15 @@ def jais(entries: dict) -> nn.Module:
 def test_jais_with_linear_biases(checkpoint, flags):
     ungated = {"mup_scale_qk_dot_by_d": False, "activation_function": "gelu_new"}
     checkpoint("JAISLMHeadModel", jais, **(ungated | flags)).assert_agrees()
+
+
+def test_jais_whose_biases_change_with_the_length():
+    shape = {"vocab_size": 8, "n_embd": 80, "n_layer": 1, "n_head": 5, "position_embedding_type": "alibi"}
+    scaling = {"type": "linear", "factor": None, "train_seq_len": 2048}
+    config = JaisConfig.model_validate({**shape, "n_positions": 2048, "alibi_scaling": scaling})
+    assert config.alibi().scale == 1.0  # within the trained length they do not
+    with pytest.raises(ValueError, match="n_positions=2049 no more than its 'train_seq_len'"):
+        JaisConfig.model_validate({**shape, "n_positions": 2049, "alibi_scaling": scaling})
 
 
 def test_jais_as_the_13b_models_spell_it(checkpoint):
