@@ -79,6 +79,21 @@ class TextConfig(BaseModel):
                              f"{', '.join(self.rope_by_layer_type)}")  # fmt: skip
         return self.rope_by_layer_type[layer_type]
 
+    @property
+    def longest_context(self) -> int:
+        """Positions up to which a model can be asked for; scaled angles may reach beyond `max_position_embeddings`.
+
+        Published configurations differ in whether that number is the one before scaling or after it.
+        """
+        trained, rope = self.max_position_embeddings, self.rope_parameters
+        if rope.factor is None or self.rope_by_layer_type:
+            return trained
+        if rope.rope_type in ("linear", "dynamic"):
+            return max(trained, int(trained * rope.factor))
+        if rope.rope_type == "yarn":
+            return max(trained, int((rope.original_max_position_embeddings or trained) * rope.factor))
+        return trained
+
     @model_validator(mode="before")
     @classmethod
     def _todays_spelling(cls, data: Any) -> Any:

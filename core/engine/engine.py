@@ -41,7 +41,7 @@ class Engine:
     """
 
     def __init__(self, about: Description, plugins: Plugins, settings: EngineConfig, progress: bool = False):
-        limit = about.text.max_position_embeddings
+        limit = about.text.longest_context
         if settings.max_model_len is not None and settings.max_model_len > limit:
             raise ValueError(
                 f"max_model_len={settings.max_model_len} exceeds the {limit} positions of {about.checkpoint.name!r}"
@@ -53,7 +53,7 @@ class Engine:
                 f"max_num_batched_tokens={chunk} is less than max_num_seqs={seqs}: running requests would wait in turn;"
                 " raise the first or lower the second"
             )
-        wanted = settings.max_model_len or limit
+        wanted = settings.max_model_len or about.text.max_position_embeddings
         inputs = about.architecture.inputs
         span = 0 if inputs is None else wanted if inputs.longest_span is None else inputs.longest_span
         limits = Limits(wanted, seqs, max(chunk, span))

@@ -17,6 +17,7 @@ from modelport.modeling.block_sparse import BlockPattern as BlockPattern
 from modelport.modeling.block_sparse import BlockSparseAttention as BlockSparseAttention
 from modelport.modeling.cache import CacheSpec as CacheSpec
 from modelport.modeling.cache import StateSpec as StateSpec
+from modelport.modeling.chunks import Chunks as Chunks
 from modelport.modeling.decoder import CausalLM as CausalLM
 from modelport.modeling.embedding import Embedding as Embedding
 from modelport.modeling.embedding import LearnedPositions as LearnedPositions

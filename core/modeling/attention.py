@@ -14,6 +14,7 @@ from modelport.kernels import attention as kernel
 from modelport.kernels import kv_cache
 from modelport.modeling.alibi import Alibi
 from modelport.modeling.cache import CacheSpec
+from modelport.modeling.chunks import Chunks
 from modelport.modeling.rope import Rope
 
 
@@ -24,6 +25,8 @@ class Attention(nn.Module):
     :param alibi: biases that grow with distance (Press et al., 2022), or None.
     :param scale: factor on scores; 1 / sqrt(head_dim) when not given.
     :param window: attend to the last `window` positions only (sliding window); 0 for all.
+    :param chunks: attend within a token's own chunk only, or None; one for all layers that have such. Not together
+        with a window or ALiBi, nor where images see ahead.
     :param softcap: scores become `softcap * tanh(scores / softcap)`; 0 for none.
     :param sinks: a learned logit per head, `sinks` (num_heads,), takes probability and gives nothing (gpt-oss).
     :raises ValueError: `num_heads` is not a multiple of `num_kv_heads`.
@@ -39,6 +42,7 @@ class Attention(nn.Module):
         alibi: Alibi | None = None,
         scale: float | None = None,
         window: int = 0,
+        chunks: Chunks | None = None,
         softcap: float = 0.0,
         sinks: bool = False,
     ):
@@ -48,10 +52,12 @@ class Attention(nn.Module):
                 f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}; "
                 "check config.json"
             )
-        self.rope, self.alibi, self.softcap, self.window = rope, alibi, softcap, window
+        if chunks is not None and (window or alibi is not None):
+            raise ValueError(f"chunks of {chunks.size} positions cannot be had together with window={window} or ALiBi")
+        self.rope, self.alibi, self.softcap, self.window, self.chunks = rope, alibi, softcap, window, chunks
         self.sinks = nn.Parameter(torch.empty(num_heads), requires_grad=False) if sinks else None
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.cache_spec = CacheSpec(num_kv_heads, head_dim, window)
+        self.cache_spec = CacheSpec(num_kv_heads, head_dim, window if chunks is None else chunks.size)
         self.k_cache: Tensor | None = None
         self.v_cache: Tensor | None = None
         self.group = 0
@@ -77,19 +83,26 @@ class Attention(nn.Module):
                 q, k, v, rows, table, self.rope.interleaved, self.k_cache, self.v_cache,
                 pages.slots,
             )  # fmt: skip
+        k_cache, v_cache, longest = self.k_cache, self.v_cache, batch.max_query_len
+        table, starts, lens = pages.block_table, batch.query_starts, batch.seq_lens
+        if self.chunks is not None:
+            assert batch.ends is None, "tokens that see later ones do not go with chunks"
+            step = self.chunks.layout(batch, self.group, k_cache)
+            table, starts, lens, longest = step.table, step.starts, step.lens, min(longest, self.chunks.size)
+            k_cache, v_cache = self.chunks.pieces(k_cache), self.chunks.pieces(v_cache)
         out = kernel.paged_attention(
             q,
-            self.k_cache,
-            self.v_cache,
-            pages.block_table,
-            batch.query_starts,
-            batch.seq_lens,
+            k_cache,
+            v_cache,
+            table,
+            starts,
+            lens,
             self.scale,
             window=self.window,
             softcap=self.softcap,
             alibi_slopes=None if self.alibi is None else self.alibi.slopes,
             sinks=None if self.sinks is None else self.sinks.float(),
-            max_query_len=batch.max_query_len,
+            max_query_len=longest,
             ends=batch.ends,
         )
         return out.flatten(1)

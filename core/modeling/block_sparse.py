@@ -15,6 +15,7 @@ from modelport.batch import Batch
 from modelport.kernels import attention as kernel
 from modelport.kernels import kv_cache
 from modelport.modeling.cache import CacheSpec
+from modelport.modeling.chunks import runs
 from modelport.modeling.rope import Rope
 
 
@@ -69,25 +70,20 @@ class BlockPattern:
         return last[3]
 
     def _layout(self, batch: Batch, group: int, block_size: int) -> _Layout:
-        positions, heads, device = batch.positions, self.heads, batch.positions.device
-        row = torch.arange(len(positions), device=device)
-        sequence = torch.bucketize(row, batch.query_starts[1:].long(), right=True)
-        sequence.clamp_(max=len(batch.seq_lens) - 1)
-        if batch.max_query_len == 1:
-            first, count, rows = row, torch.ones_like(row), None
-        else:
-            begins = positions % self.size == 0
-            begins[batch.query_starts[:-1].long().clamp(max=len(positions) - 1)] = True
-            first = begins.nonzero()[:, 0]
-            count = torch.cat((first[1:], first.new_tensor([len(positions)]))) - first
-            part = begins.cumsum(0) - 1  # (tokens,)
+        heads, device = self.heads, batch.positions.device
+        sequence, first, count = runs(batch, self.size)
+        rows = None
+        if batch.max_query_len > 1:
+            row = torch.arange(len(batch.positions), device=device)
+            part = torch.repeat_interleave(count, output_size=len(row))  # (tokens,)
             head = torch.arange(heads, device=device)
             rows = (heads * first - first)[part, None] + row[:, None] + head * count[part, None]
-        last = positions[first] + count - 1  # (parts,), position of the last query
+        last = batch.positions[first] + count - 1  # (parts,), position of the last query
         seen = self._seen(last // self.size, batch.pages[group].block_table.shape[1] * block_size)
         lens = (seen.sum(-1) - 1) * self.size + (last % self.size + 1)[:, None]  # (parts, heads)
-        table = self._table(batch.pages[group].block_table, block_size, sequence[first], seen)
-        starts = torch.cat((row.new_zeros(1), count.repeat_interleave(heads, output_size=len(first) * heads).cumsum(0)))
+        table = self._table(batch.pages[group].block_table, block_size, sequence, seen)
+        rows_of = count.repeat_interleave(heads, output_size=len(first) * heads)  # of each lane
+        starts = torch.cat((count.new_zeros(1), rows_of.cumsum(0)))
         return _Layout(rows, table.int(), starts.int(), lens.flatten().int())
 
     def _seen(self, block: Tensor, keys: int) -> Tensor:

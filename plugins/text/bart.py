@@ -191,12 +191,14 @@ def register_architectures() -> list[Architecture]:
     }
     return [
         Architecture(
-            "BartForConditionalGeneration",
+            name,
             Bart,
             BartConfig,
             rename={"shared.": "model.shared.", "encoder.": "model.encoder.", "decoder.": "model.decoder."},
             weights=weights,
             reference="transformers:BartForConditionalGeneration",
             tiny=tiny,
+            variants={"scaled": {"scale_embedding": True, "activation_function": "relu"}},
         )
+        for name in ("BartForConditionalGeneration", "BartModel")  # the second: checkpoints that nobody tuned
     ]

@@ -126,5 +126,9 @@ def register_architectures() -> list[Architecture]:
             ignore=("h.*.attn.bias", "h.*.attn.masked_bias"),  # stored causal masks
             reference="transformers:GPT2LMHeadModel",
             tiny=tiny,
+            variants={
+                "plain": {"scale_attn_by_inverse_layer_idx": False, "n_inner": 96},
+                "unscaled": {"scale_attn_weights": False, "activation_function": "relu", "tie_word_embeddings": False},
+            },
         )
     ]

@@ -46,7 +46,7 @@ class JaisConfig(TextConfig):
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     position_embedding_type: str = "learned"
-    alibi_scaling: dict[str, float | str] | None = None
+    alibi_scaling: dict[str, float | str | None] | None = None
     mup_embeddings_scale: float = 1.0
     mup_output_alpha: float = 1.0
     mup_scale_qk_dot_by_d: bool = False
@@ -56,11 +56,11 @@ class JaisConfig(TextConfig):
     @model_validator(mode="before")
     @classmethod
     def _known_scaling(cls, data: Any) -> Any:
-        scaling = data.get("alibi_scaling")
-        if scaling and not scaling.get("factor"):
+        scaling, length = data.get("alibi_scaling"), data.get("max_position_embeddings", data.get("n_positions", 1024))
+        if scaling and not scaling.get("factor") and length > scaling.get("train_seq_len", 0):
             raise ValueError(
                 f"alibi_scaling={scaling!r} changes the biases with the length of a sequence, which cannot be run; "
-                "give it a fixed 'factor', or set it to null and stay within the trained length"
+                f"give it a fixed 'factor', or n_positions={length} no more than its 'train_seq_len'"
             )
         return data
 
@@ -76,8 +76,8 @@ class JaisConfig(TextConfig):
     def alibi(self) -> Alibi | None:
         if self.position_embedding_type != "alibi":
             return None
-        factor = float(self.alibi_scaling["factor"]) if self.alibi_scaling else 1.0
-        return Alibi(self.num_attention_heads, scale=1.0 / factor)
+        factor = (self.alibi_scaling or {}).get("factor") or 1.0
+        return Alibi(self.num_attention_heads, scale=1.0 / float(factor))
 
 
 class SelfAttention(nn.Module):

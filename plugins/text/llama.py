@@ -1,8 +1,10 @@
 """Llama: RMSNorm, rotary grouped-query attention, SwiGLU; and the families that are Llama with other flags.
 
-Mistral adds a sliding window, InternLM spells its flags differently; for Aquila and XVERSE the name is the difference.
+Mistral adds a sliding window, InternLM spells its flags differently, the first Yi its norms; for Aquila and XVERSE the
+name is the difference.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import model_validator
@@ -98,6 +100,14 @@ SIZES = {
 }
 """Of Llama 7B, which larger models do not repeat; and of Mistral 7B."""
 MISTRAL_SIZES = SIZES | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+
+
+def norms_of_yi(weights: Iterable[tuple[str, Tensor]], cfg: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        name = name.replace(".ln1.", ".input_layernorm.").replace(".ln2.", ".post_attention_layernorm.")
+        yield name, tensor
+
+
 INNER = {  # model_type and defaults
     "LlamaForCausalLM": ("llama", SIZES),
     "MistralForCausalLM": ("mistral", MISTRAL_SIZES),
@@ -108,6 +118,8 @@ INNER = {  # model_type and defaults
 def register_architectures() -> list[Architecture]:
     names = {
         "LlamaForCausalLM": LlamaConfig,
+        "LLaMAForCausalLM": LlamaConfig,  # before transformers had the model
+        "YiForCausalLM": LlamaConfig,  # later ones are named LlamaForCausalLM
         "MistralForCausalLM": MistralConfig,
         "AquilaForCausalLM": LlamaConfig,
         "AquilaModel": LlamaConfig,  # the first Aquila checkpoints were published under this name
@@ -121,6 +133,7 @@ def register_architectures() -> list[Architecture]:
             Llama,
             config,
             ignore=("*.rotary_emb.inv_freq",),
+            weights=norms_of_yi if name == "YiForCausalLM" else None,
             reference="transformers:MistralForCausalLM" if config is MistralConfig else "transformers:LlamaForCausalLM",
             tiny=mistral if config is MistralConfig else TINY,
             model_type=INNER.get(name, (None, {}))[0],

@@ -20,7 +20,7 @@ ON_CPU = os.environ.get("MODELPORT_TEST_DEVICE", "cpu") == "cpu"
 if not ON_CPU:  # the interpreter takes half a minute for each
     KINDS += [
         "Gemma2ForCausalLM", "BloomForCausalLM", "BartForConditionalGeneration", "JambaForCausalLM", "Phi3ForCausalLM",
-        "Qwen2MoeForCausalLM", "GPT2LMHeadModel", "MambaForCausalLM",
+        "Qwen2MoeForCausalLM", "GPT2LMHeadModel", "MambaForCausalLM", "Llama4ForCausalLM",
     ]  # fmt: skip
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True),
