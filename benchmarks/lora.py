@@ -13,22 +13,25 @@ from pathlib import Path
 
 import torch
 
-from modelport import LLM, LoRARequest, SamplingParams
+from modelport import LLM, EngineConfig, LoRARequest, SamplingParams
+from modelport.loading.checkpoint import read_config, resolve
 from modelport.loading.loader import targets
-from modelport.loading.model import build_empty
+from modelport.loading.model import build_empty, describe
 from modelport.modeling.linear import Linear
+from modelport.plugin import Plugins
 from modelport.testing.adapters import Factors, write_adapter
 
 
-def make_adapters(folder: Path, llm: LLM, count: int, rank: int) -> list[LoRARequest]:
+def make_adapters(folder: Path, model: str, plugins: Plugins, count: int, rank: int) -> list[LoRARequest]:
     """Random ones of every linear layer."""
-    front = llm._front
-    shapes = {}
-    for name, target in targets(front.engine.empty).items():
-        if isinstance(target.module, Linear) and target.parameter == "weight" and target.part is not None or (
-            isinstance(target.module, Linear) and not target.module.parts
-        ):
-            shapes[name.removesuffix(".weight")] = (target.rows, target.shape[1])
+    settings = EngineConfig(model=model)
+    checkpoint = resolve(model, None, plugins)
+    about = describe(checkpoint, read_config(checkpoint, plugins), plugins, settings)
+    shapes = {
+        name.removesuffix(".weight"): target.shape
+        for name, target in targets(build_empty(about, plugins, settings)).items()
+        if isinstance(target.module, Linear) and not (target.part is None and target.module.parts)
+    }
     made = []
     for number in range(1, count + 1):
         factors = {
@@ -81,14 +84,7 @@ def main() -> None:
     idle = LLM(args.model, enable_lora=True, max_loras=16, **settings)
     busy = LLM(args.model, enable_lora=True, max_loras=16, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        front = busy._front
-        from modelport.loading.checkpoint import read_config, resolve
-        from modelport.loading.model import describe
-
-        checkpoint = resolve(args.model, None, front.plugins)
-        about = describe(checkpoint, read_config(checkpoint, front.plugins), front.plugins, front.settings)
-        front.engine.empty = build_empty(about, front.plugins, plain._front.settings)
-        adapters = make_adapters(Path(folder), busy, 18, 16)
+        adapters = make_adapters(Path(folder), args.model, busy._front.plugins, 18, 16)
         reading = []
         for adapter in adapters[:16]:
             started = time.perf_counter()
@@ -110,8 +106,8 @@ def main() -> None:
                     batch.close()
             medians = {name: statistics.median(found) for name, found in times.items()}
             print(
-                f"batch {size}: step {medians['plain'] * 1e3:.1f} ms; enabled {medians['plain'] / medians['enabled']:.3f}x, "
-                f"with adapters {medians['plain'] / medians['adapted']:.3f}x of its speed"
+                f"batch {size}: step {medians['plain'] * 1e3:.1f} ms; of its speed enabled "
+                f"{medians['plain'] / medians['enabled']:.3f}x, with adapters {medians['plain'] / medians['adapted']:.3f}x"
             )
         batch = Batch(busy, 8, adapters[:8], 40)
         usual = statistics.median(batch.step() for _ in range(12))
@@ -120,7 +116,7 @@ def main() -> None:
         )
         busy._front.engine.add(job.requests[0])
         first, second = batch.step(), batch.step()
-        print(f"a step of 8: {usual * 1e3:.1f} ms; with a new adapter {first * 1e3:.1f} ms, the next {second * 1e3:.1f} ms")
+        print(f"a step of 8: {usual * 1e3:.1f} ms; with a new one {first * 1e3:.1f} ms, the next {second * 1e3:.1f} ms")
 
 
 if __name__ == "__main__":

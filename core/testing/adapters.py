@@ -61,17 +61,19 @@ class Factors:
 
 
 def write_adapter(folder: Path, factors: Mapping[str, Factors]) -> Path:
-    """Write an adapter as PEFT does, each module with its own rank and alpha."""
+    """Write an adapter as PEFT does; modules may have ranks and alphas of their own."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = {module: len(f.a) for module, f in factors.items()}
+    most = max(len(f.a) for f in factors.values())
+    alphas = {module: f.scale * len(f.a) for module, f in factors.items()}
+    usual = next(iter(alphas.values()))
     config = {
         "peft_type": "LORA",
-        "r": max(ranks.values()),
-        "lora_alpha": 1,
-        "rank_pattern": {re.escape(module): rank for module, rank in ranks.items()},
-        "alpha_pattern": {re.escape(module): f.scale * ranks[module] for module, f in factors.items()},
+        "r": most,
+        "lora_alpha": usual,
+        "rank_pattern": {re.escape(module): len(f.a) for module, f in factors.items() if len(f.a) != most},
+        "alpha_pattern": {re.escape(module): alpha for module, alpha in alphas.items() if alpha != usual},
         "target_modules": sorted({module.rpartition(".")[2] for module in factors}),
         "bias": "none",
     }

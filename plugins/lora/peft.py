@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class AdapterConfig(BaseModel):
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: float) -> float:
     """Keys are regular expressions of the end of a module's name; the first that matches counts."""
+    if not patterns:
+        return default
     return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)), default)
 
 
@@ -102,8 +104,16 @@ def read_peft(folder: Path, most_rank: int) -> PeftAdapter:
         tensors = load(bytes_)
     except SafetensorError as error:
         raise ValueError(f"{weights_file} is damaged ({error}); copy it again") from None
-    digest = blake2b(written + b"\0" + bytes_, digest_size=16).digest()
+    digest = _digest(written, bytes_)
     return PeftAdapter(folder, digest, dict(_factors(tensors, config, most_rank)))
+
+
+def _digest(*parts: bytes) -> bytes:
+    found = sha256()
+    for part in parts:
+        found.update(b"%d:" % len(part))
+        found.update(part)
+    return found.digest()
 
 
 def _config(file: Path, written: bytes) -> AdapterConfig:
@@ -146,7 +156,7 @@ def _factors(tensors: dict[str, Tensor], config: AdapterConfig, most_rank: int) 
             raise ValueError(
                 f"the tensor {name!r} has shape {tuple(tensor.shape)} and type {tensor.dtype}; is it damaged?"
             )
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):  # one pass; a finite sum means that every element is
             raise ValueError(f"the tensor {name!r} holds NaN or infinity; the adapter cannot be used")
         found.setdefault(match["module"], {})[match["which"]] = tensor.float()
         if match["embedding"]:

@@ -46,7 +46,7 @@ class LoraAdapters:
                 if key in of_layer:
                     raise ValueError(f"{module!r} changes a layer that another module of the adapter changes too")
                 of_layer[key] = a.to(self._dtype), b.to(self._dtype)
-                if not (torch.isfinite(of_layer[key][0]).all() and torch.isfinite(of_layer[key][1]).all()):
+                if self._dtype == torch.float16 and not all(torch.isfinite(part).all() for part in of_layer[key]):
                     raise ValueError(f"the factors of {module!r} are infinite as {self._dtype}; use a wider dtype")
         return LoraAdapter(read.path, read.digest, pairs)
 
