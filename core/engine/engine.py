@@ -12,6 +12,7 @@ from collections.abc import Callable
 from modelport.config import EngineConfig
 from modelport.engine.adapters import AdapterSlots
 from modelport.engine.cache import Cache
+from modelport.engine.lookahead import Lookahead
 from modelport.engine.media import MediaCache
 from modelport.engine.memory import Limits, Memory, attach_memory
 from modelport.engine.runner import Runner, StepResult
@@ -97,6 +98,13 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache, memory.num_rows, chunk, rope.length_class if rope else None, media, adapters
         )
+        self.lookahead: Lookahead | None = None
+        if self._executor is None and self.runner.device.type == "cuda":
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """From now on launch the next step while one runs, which is of use where the device computes by itself."""
+        self.lookahead = Lookahead(self.scheduler, self.runner, self._settle)
 
     def shutdown(self) -> None:
         """End the processes of a divided model; no step follows."""
@@ -158,6 +166,8 @@ class Engine:
         if self._depth > 1:
             self.begin()
             return self.finish()
+        if self.lookahead is not None:
+            return self.lookahead.step()
         plan = self.scheduler.plan()
         if not plan.requests:
             return []

@@ -18,9 +18,9 @@ from modelport.engine.cache import Group
 from modelport.engine.crossing import Crossing, crossing
 from modelport.engine.graphs import GraphRecorder
 from modelport.engine.recording import Recorder
-from modelport.engine.sampler import Sampler, TokenLogprobs, prompt_logprobs
+from modelport.engine.sampler import Choice, Sampler, TokenLogprobs, prompt_logprobs
 from modelport.engine.scheduler import Plan
-from modelport.engine.transfer import to_device
+from modelport.engine.transfer import send, to_device
 from modelport.inputs.processor import MediaItem, PlacedItem
 from modelport.kernels import cpu
 from modelport.modeling.adapters import adapters_of
@@ -42,6 +42,22 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Flight:
+    """A step on its way through the device, and what is needed to read its tokens.
+
+    :ivar done: (rows,) int64, index into the plan's requests of those that get a token.
+    :ivar places: (rows,) int32, where in its request each token will stand.
+    :ivar choice: the tokens; None when no request gets one.
+    """
+
+    plan: Plan
+    result: StepResult
+    done: np.ndarray
+    places: np.ndarray
+    choice: Choice | None = None
 
 
 class Runner:
@@ -92,9 +108,17 @@ class Runner:
         self._reads_encoder = hasattr(model, "encode")
         self._crosses = any(group.cross for group in groups) and not self._reads_encoder
 
-    @torch.inference_mode()
     def step(self, plan: Plan) -> StepResult:
         """Run the plan; keys and values are written, and a token is sampled for each request that reached its end."""
+        return self.land(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan, tokens: Tensor | None = None, sources: np.ndarray | None = None) -> Flight:
+        """Begin a step; nothing waits for the device, unless media are encoded or prompts scored.
+
+        :param tokens: (rows,) int64, on the device: what a step that has not landed chose.
+        :param sources: (seqs,) int64: which of them is the last token of each request; -1 where the tables have it.
+        """
         for slot in plan.left:
             self.sampler.remove(slot)
         for request in plan.joined:
@@ -106,7 +130,11 @@ class Runner:
             self._encode_media(plan)
             result.errors.update(self._media_errors_of(plan))
         token_ids, batch = self._batch(plan, slots, computed, counts)
-        done = np.flatnonzero(computed + counts == lengths)
+        done, ahead = np.flatnonzero(computed + counts == lengths), None
+        if sources is not None and (sources >= 0).any():
+            lacking = sources >= 0
+            ends, ahead = np.cumsum(counts, dtype=np.int64) - 1, lacking[done]
+            token_ids[self._tensor(ends[lacking])] = tokens[self._tensor(sources[lacking])]
         scored = {i: r for i, r in enumerate(plan.requests) if r.wants_prompt_logprobs}
         logits = None
         single = len(done) == len(token_ids) and not plan.joined and not scored
@@ -120,10 +148,33 @@ class Runner:
                 first = ends[index] - counts[index]
                 result.prompt_logprobs[index] = self._score(request, state, batch, first, counts[index])
             logits = self._logits(state, batch, self._tensor(ends[done] - 1)) if len(done) else None
+        flight = Flight(plan, result, done, lengths[done])
         if logits is not None:
             if self.on_logits is not None:
                 self.on_logits(logits)
-            self._sample(result, logits, slots, lengths, done)
+            flight.choice = self.sampler.choose(logits, slots[done], ahead)
+        return flight
+
+    def land(self, flight: Flight) -> StepResult:
+        """Wait for a step's tokens, and note them; steps land in the order in which they were launched."""
+        result, done, choice = flight.result, flight.done, flight.choice
+        if choice is None:
+            return result
+        sampled, slots, places = self.sampler.read(choice), choice.slots, flight.places
+        # A request may have ended since the launch, and another one have its slot.
+        mine = np.fromiter((not flight.plan.requests[i].finished for i in done), bool, len(done))
+        kept = mine & (places < self._token_ids.shape[1])
+        self._token_ids[slots[kept], places[kept]] = sampled.token_ids[kept]  # of no use where there is an error
+        tokens = np.where(mine, sampled.token_ids, -1).tolist()
+        for index, slot, token in zip(done.tolist(), slots.tolist(), tokens, strict=True):
+            if token >= 0:
+                result.token_ids[index] = token
+                self._outputs[slot].append(token)
+        for row, found in enumerate(sampled.logprobs):
+            if found is not None:
+                result.logprobs[int(done[row])] = found
+        for row, error in sampled.errors.items():
+            result.errors[int(done[row])] = error
         return result
 
     def _place_adapters(self, plan: Plan) -> None:
@@ -165,7 +216,7 @@ class Runner:
     def _embed_media(self, modality: str, items: list[MediaItem]) -> list[Tensor]:
         if not items:
             return []
-        tensors = [{name: t.to(self.device, non_blocking=True) for name, t in i.tensors.items()} for i in items]
+        tensors = [{name: send(t, self.device) for name, t in i.tensors.items()} for i in items]
         return self.model.embed_media(modality, tensors)
 
     def _keep_rows(self, items: list[MediaItem], rows: list[Tensor]) -> None:
@@ -401,25 +452,6 @@ class Runner:
             self._tensor(query_starts),
             int(np.diff(query_starts).max()),
         )
-
-    def _sample(
-        self, result: StepResult, logits: Tensor, slots: np.ndarray, lengths: np.ndarray, done: np.ndarray
-    ) -> None:
-        """Draw a token for each of the requests `done`, whose logits these are, and note it."""
-        slots = slots[done]
-        sampled = self.sampler.sample(logits, slots)
-        room = lengths[done] < self._token_ids.shape[1]
-        self._token_ids[slots[room], lengths[done][room]] = sampled.token_ids[room]  # of no use where there is an error
-        tokens = sampled.token_ids.tolist()
-        for index, slot, token in zip(done.tolist(), slots.tolist(), tokens, strict=True):
-            if token >= 0:
-                result.token_ids[index] = token
-                self._outputs[slot].append(token)
-        for row, found in enumerate(sampled.logprobs):
-            if found is not None:
-                result.logprobs[int(done[row])] = found
-        for row, error in sampled.errors.items():
-            result.errors[int(done[row])] = error
 
     def _score(
         self, request: Request, state: Tensor | tuple[Tensor, ...], batch: Batch, start: int, count: int

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modelport.engine.logits import LogitsEdits
-from modelport.engine.transfer import to_device, to_host
+from modelport.engine.transfer import Arrival, to_device
 from modelport.kernels.argmax import argmax
 from modelport.kernels.draw import draw, uniform
 from modelport.sampling_params import SamplingParams
@@ -53,6 +53,24 @@ class SamplerOutput:
     token_ids: np.ndarray
     logprobs: list[TokenLogprobs | None]
     errors: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One step's tokens, which the device may still be choosing.
+
+    :ivar tokens: (rows,) int64, on the device; some token in rows with an error.
+    :ivar slots: (rows,) int.
+    :ivar errors: rows that are known to have one.
+    :ivar scored: rows whose log-probabilities were asked for.
+    :ivar arrival: of the tokens, the greatest logits, and what `_score` made of the rows that are scored.
+    """
+
+    tokens: Tensor
+    slots: np.ndarray
+    errors: dict[int, str]
+    scored: np.ndarray
+    arrival: Arrival
 
 
 class Sampler:
@@ -108,16 +126,28 @@ class Sampler:
         self._edits.remove(slot)
         self._outputs[slot] = []
 
-    @torch.inference_mode()
+    def edits(self, slots: np.ndarray) -> bool:
+        """Whether a choice for one of these slots may depend on the tokens before it."""
+        return bool(self._edits.active[slots].any())
+
     def sample(self, logits: Tensor, slots: np.ndarray) -> SamplerOutput:
         """Choose the next token of each row.
 
         :param logits: (rows, vocab) of any floating type; left as they are.
         :param slots: (rows,) int: whose row it is.
         """
+        return self.read(self.choose(logits, slots))
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, slots: np.ndarray, ahead: np.ndarray | None = None) -> Choice:
+        """As `sample`, without waiting for the device.
+
+        :param ahead: (rows,) bool: whose last token is chosen, but not in the list of outputs yet.
+        """
         assert logits.shape == (len(slots), self.vocab_size), (logits.shape, len(slots), self.vocab_size)
+        assert ahead is None or not self.edits(slots[ahead]), "edits depend on tokens that nobody knows yet"
         x, errors = logits, {}
-        if self._edits.active[slots].any():
+        if self.edits(slots):
             x = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
             errors = self._edits.apply(x, slots)
         tokens, best = argmax(x)
@@ -125,29 +155,31 @@ class Sampler:
         if len(rows):
             where, mine = self._tensor(rows), slots[rows]
             places = np.fromiter((len(self._outputs[slot]) for slot in mine), np.uint64, len(rows))
+            if ahead is not None:
+                places += ahead[rows]
             settings = (self._temperature[mine], self._top_k[mine], self._top_p[mine], self._min_p[mine])
             numbers = map(self._tensor, (*settings, uniform(self._seed[mine], places)))
             whole = len(rows) == len(slots)
             tokens[where] = draw(x if whole else x[where], best if whole else best[where], *numbers)
-        return self._output(logits, slots, tokens, best, errors)
-
-    def _output(
-        self, logits: Tensor, slots: np.ndarray, tokens: Tensor, best: Tensor, errors: dict[int, str]
-    ) -> SamplerOutput:
-        logprobs: list[TokenLogprobs | None] = [None] * len(slots)
-        rows = np.flatnonzero(self._logprobs[slots] >= 0)
+        rows, scores = np.flatnonzero(self._logprobs[slots] >= 0), ()
         if len(rows):
-            wanted = self._logprobs[slots[rows]]
             where = self._tensor(rows)
-            found = _score(logits[where], tokens[where], int(wanted.max()))
-            for row, k, entry in zip(rows.tolist(), wanted.tolist(), found, strict=True):
-                logprobs[row] = TokenLogprobs(entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k])
-        token_ids, best = to_host(tokens, best)
+            scores = _score(logits[where], tokens[where], int(self._logprobs[slots[rows]].max()))
+        return Choice(tokens, slots, errors, rows, Arrival(tokens, best, *scores))
+
+    def read(self, choice: Choice) -> SamplerOutput:
+        """Wait for a choice."""
+        tokens, best, *scores = choice.arrival.arrays()
+        tokens, errors = tokens.copy(), dict(choice.errors)  # on a CPU they are the choice's own
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        for row, entry in zip(choice.scored.tolist(), _entries(scores), strict=True):
+            k = int(self._logprobs[choice.slots[row]])
+            logprobs[row] = TokenLogprobs(entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k])
         for row in np.flatnonzero(~np.isfinite(best)).tolist():
-            errors.setdefault(row, _why_not(best[row], slots[row]))
+            errors.setdefault(row, _why_not(best[row], choice.slots[row]))
         for row in errors:
-            token_ids[row], logprobs[row] = -1, None
-        return SamplerOutput(token_ids, logprobs, errors)
+            tokens[row], logprobs[row] = -1, None
+        return SamplerOutput(tokens, logprobs, errors)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
@@ -162,18 +194,23 @@ def prompt_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogp
     :param k: most likely tokens to name beside the one that follows.
     """
     parts = zip(logits.split(SCORED_ROWS), token_ids.split(SCORED_ROWS), strict=True)
-    return [entry for some, tokens in parts for entry in _score(some, tokens, k)]
+    arrivals = [Arrival(*_score(some, tokens, k)) for some, tokens in parts]
+    return [entry for arrival in arrivals for entry in _entries(arrival.arrays())]
 
 
-def _score(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogprobs]:
+def _score(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, ...]:
+    """The columns of `TokenLogprobs`."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs > own).sum(-1, dtype=torch.int32) + 1  # a third of the time that int64 takes
     # By id first: the stable sort then leaves ties in the order of their ids.
     ids = logprobs.topk(min(k, logits.shape[1]), dim=-1).indices.sort(-1).values
     values, order = logprobs.gather(1, ids).sort(stable=True, dim=-1, descending=True)
-    columns = own[:, 0].tolist(), ranks.tolist(), ids.gather(1, order).tolist(), values.tolist()
-    return [TokenLogprobs(*entry) for entry in zip(*columns, strict=True)]
+    return own[:, 0], ranks, ids.gather(1, order), values
+
+
+def _entries(columns: Sequence[np.ndarray]) -> list[TokenLogprobs]:
+    return [TokenLogprobs(*entry) for entry in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _why_not(best: float, slot: int) -> str:

@@ -72,6 +72,11 @@ class Scheduler:
         self._away: set[Request] = set()  # in steps whose results are not back
 
     @property
+    def has_length_classes(self) -> bool:
+        """Whether a new token may void the keys of those before it."""
+        return self._length_class is not None
+
+    @property
     def num_waiting(self) -> int:
         return len(self.waiting) + sum(map(len, self._followers.values()))
 
@@ -141,6 +146,10 @@ class Scheduler:
         if self.adapters is not None:
             plan.adapters, self.adapters.fresh = self.adapters.fresh, []
         return plan
+
+    def present(self) -> list[Request]:
+        """Running requests that a plan may hold."""
+        return [request for request in self.running if request not in self._away]
 
     def send_off(self, plan: Plan) -> None:
         """Its requests are in no other plan until they are `back`."""
