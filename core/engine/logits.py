@@ -28,6 +28,8 @@ class LogitsEdits:
         self.vocab_size = vocab_size
         self.active = np.zeros(max_num_seqs, dtype=bool)
         """(slots,) which rows have to go through `apply`."""
+        self.looks_back = np.zeros(max_num_seqs, dtype=bool)
+        """(slots,) which of them depend on the tokens before, beyond how many there are."""
         self._edits: list[_Edit | None] = [None] * max_num_seqs
 
     def add(
@@ -66,34 +68,37 @@ class LogitsEdits:
             forced=forced_token_ids,
         )
         self._edits[slot] = edit
-        self.active[slot] = edit.lasting or edit.holds_stop
+        self.active[slot] = edit.is_active(len(output_token_ids))
+        self.looks_back[slot] = bool(edit.bad_words or edit.processors or edit.seen is not None)
 
     def remove(self, slot: int) -> None:
         """Forget the request in `slot`, if there is one."""
         self._edits[slot] = None
-        self.active[slot] = False
+        self.active[slot] = self.looks_back[slot] = False
 
-    def apply(self, x: Tensor, slots: np.ndarray) -> dict[int, str]:
+    def apply(self, x: Tensor, slots: np.ndarray, ahead: np.ndarray | None = None) -> dict[int, str]:
         """Edit `x` in place.
 
         :param slots: (rows,) int.
+        :param ahead: (rows,) bool: whose output has one token more than its list; such rows must not look back.
         :return: rows whose own logits processor failed, and how.
         """
         assert x.is_contiguous()
         assert x.dtype == torch.float32
         rows = np.flatnonzero(self.active[slots]).tolist()
         edits = [(row, self._edits[slots[row]]) for row in rows]
+        lengths = {row: len(e.output) + (ahead is not None and int(ahead[row])) for row, e in edits}
         self._allow(x, [(row, e.allowed) for row, e in edits if e.allowed is not None])
-        self._ban(x, [(row, e.stop_ids) for row, e in edits if e.holds_stop])
+        self._ban(x, [(row, e.stop_ids) for row, e in edits if e.holds_stop(lengths[row])])
         self._bias(x, [(row, e) for row, e in edits if len(e.bias)])
         self._ban(x, [(row, ids) for row, e in edits if e.bad_words for ids in e.bad_next()])
         errors = {row: error for row, e in edits if (error := _process(x, row, e)) is not None}
         self._penalise(x, [(row, e) for row, e in edits if e.seen is not None])
         for row, edit in edits:
-            if (forced := edit.forced.get(len(edit.output))) is not None:  # whatever else was asked for
+            if (forced := edit.forced.get(lengths[row])) is not None:  # whatever else was asked for
                 x[row] = -torch.inf
                 x[row, forced] = 0.0
-            self.active[slots[row]] = edit.lasting or edit.holds_stop  # past `min_tokens` a row takes the fast path
+            self.active[slots[row]] = edit.is_active(lengths[row])  # past `min_tokens` a row takes the fast path
         return errors
 
     def _allow(self, x: Tensor, pairs: Pairs) -> None:
@@ -153,21 +158,20 @@ class _Edit:
     seen: _Seen | None
     forced: Mapping[int, int]
 
-    @property
-    def lasting(self) -> bool:
-        """Whether there is anything to do beside waiting for `min_tokens`."""
+    def is_active(self, length: int) -> bool:
+        """Whether there is anything to do when the output has `length` tokens."""
         return bool(
             self.allowed is not None
             or len(self.bias)
             or self.bad_words
             or self.processors
             or self.seen is not None
-            or len(self.output) <= max(self.forced, default=-1)
+            or length <= max(self.forced, default=-1)
+            or self.holds_stop(length)
         )
 
-    @property
-    def holds_stop(self) -> bool:
-        return len(self.output) < self.params.min_tokens and len(self.stop_ids) > 0
+    def holds_stop(self, length: int) -> bool:
+        return length < self.params.min_tokens and len(self.stop_ids) > 0
 
     def bad_next(self) -> list[np.ndarray]:
         """Tokens that would complete a bad word now."""

@@ -79,7 +79,7 @@ class Lookahead:
         if flight.result.errors or flight.result.prompt_logprobs:
             return None
         rows = {requests[i]: row for row, i in enumerate(flight.done.tolist()) if not requests[i].finished}
-        if rows and runner.sampler.edits(flight.choice.slots[list(rows.values())]):
+        if rows and runner.sampler.looks_back(flight.choice.slots[list(rows.values())]):
             return None
         return rows
 

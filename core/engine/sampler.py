@@ -126,9 +126,9 @@ class Sampler:
         self._edits.remove(slot)
         self._outputs[slot] = []
 
-    def edits(self, slots: np.ndarray) -> bool:
-        """Whether a choice for one of these slots may depend on the tokens before it."""
-        return bool(self._edits.active[slots].any())
+    def looks_back(self, slots: np.ndarray) -> bool:
+        """Whether the host has to know the tokens before a choice for one of these slots."""
+        return bool(self._edits.looks_back[slots].any())
 
     def sample(self, logits: Tensor, slots: np.ndarray) -> SamplerOutput:
         """Choose the next token of each row.
@@ -145,11 +145,11 @@ class Sampler:
         :param ahead: (rows,) bool: whose last token is chosen, but not in the list of outputs yet.
         """
         assert logits.shape == (len(slots), self.vocab_size), (logits.shape, len(slots), self.vocab_size)
-        assert ahead is None or not self.edits(slots[ahead]), "edits depend on tokens that nobody knows yet"
+        assert ahead is None or not self.looks_back(slots[ahead]), "edits depend on tokens that nobody knows yet"
         x, errors = logits, {}
-        if self.edits(slots):
+        if self._edits.active[slots].any():
             x = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).copy_(logits)
-            errors = self._edits.apply(x, slots)
+            errors = self._edits.apply(x, slots, ahead)
         tokens, best = argmax(x)
         rows = np.flatnonzero(self._temperature[slots] > 0)
         if len(rows):

@@ -332,7 +332,7 @@ def test_async(tiny, llm):
 def test_async_reports_a_failed_engine(tiny):
     async def main():
         engine = AsyncLLM(tiny, max_model_len=64)
-        engine._front.engine.runner.step = lambda plan: 1 / 0
+        engine._front.engine.runner.launch = lambda *given: 1 / 0
         with pytest.raises(RuntimeError, match="engine failed"):
             [o async for o in engine.generate("x", GREEDY)]
         with pytest.raises(RuntimeError, match="not running"):

@@ -81,14 +81,16 @@ def fuzzed(chance: random.Random) -> SamplingParams:
         "max_tokens": chance.randint(1, 40),
     }
     several = {
-        "stop": ["e", "th"], "logprobs": 2, "prompt_logprobs": 1, "n": 2, "top_p": 0.8, "top_k": 7, "min_tokens": 1,
+        "stop": ["e", "th"], "logprobs": 2, "prompt_logprobs": 1, "n": 2, "top_p": 0.8, "top_k": 7, "min_tokens": 8,
         "ignore_eos": True, "stop_token_ids": [40, 41, 42, 43], "repetition_penalty": 1.3, "bad_words": ["a"],
-        "logit_bias": {9: 3.0}, "presence_penalty": 0.7, "include_stop_str_in_output": True,
+        "logit_bias": {9: 3.0}, "presence_penalty": 0.7, "allowed_token_ids": list(range(5, 90)),
+        "include_stop_str_in_output": True,
         "logits_processors": [lambda output, logits: logits * (1 + len(output) % 3)],
     }  # fmt: skip
     if chance.random() < 0.6:
         for name in chance.sample(list(several), chance.randint(1, 3)):
             given[name] = several[name]
+    given["max_tokens"] = max(given["max_tokens"], given.get("min_tokens", 0))
     if given["temperature"] == 0:
         given.pop("n", None)
     return SamplingParams(**given)
@@ -178,11 +180,13 @@ def test_a_step_is_under_way_when_a_result_is_settled(llm: LLM) -> None:
     assert len(events) == 2 * 24
 
 
-def test_a_penalty_waits_for_its_token(llm: LLM) -> None:
+def test_what_looks_back_waits_for_its_token(llm: LLM) -> None:
     engine = llm._front.engine
     engine.look_ahead()
     _finish(llm, requests(llm, 2, temperature=0, repetition_penalty=1.2))
     assert engine.lookahead.num_ahead == 0
+    _finish(llm, requests(llm, 2, temperature=0, min_tokens=9, stop_token_ids=[5], logit_bias={7: 1.0}))
+    assert engine.lookahead.num_ahead == 23
 
 
 def test_one_whose_logits_are_of_no_use_ends_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

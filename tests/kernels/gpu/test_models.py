@@ -1,4 +1,4 @@
-"""Whole models: the Triton kernels and steps from graphs give the tokens that the torch references give, in float32.
+"""Whole models: the Triton kernels, steps from graphs and launched ahead give the torch references' tokens, in float32.
 
 On a GPU graphs are real; with the interpreter a graph is the step itself, run again over inputs that stay in place.
 """
@@ -43,9 +43,12 @@ def tokens(name: str, folder, device: str, monkeypatch: pytest.MonkeyPatch, **se
             layers = [m for m in llm._front.engine.model.modules() if hasattr(m, "cache_spec")]
             states = [s for m in layers if isinstance(m.cache_spec, StateSpec) for s in (m.conv_state, m.state)]
             runner.recorder = GraphRecorder(runner._decode, states, capture=lambda function: function)
+            llm._front.engine.look_ahead()
         found = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, PARAMS[: len(prompts)], use_tqdm=False)]
         if runner.recorder is not None:
             assert runner.recorder.given_up is None
+        if gpu.interpreted or device == "cuda":
+            assert llm._front.engine.lookahead.num_ahead > 0
         return found
 
 
