@@ -28,6 +28,19 @@ FAMILIES = (
 )  # fmt: skip
 
 
+BARS = (  # part, beginning of a figure's name, entry, the least that is wanted
+    ("llama-8b", "decode 1", "share", 0.85),
+    ("llama-8b", "decode 64", "share", 0.75),
+    ("llama-8b", "prefill", "share", 0.60),
+    ("mixtral", "decode 16", "share", 0.60),
+    ("qwen2-moe", "decode 16", "share", 0.60),
+    ("mamba-2.8b", "decode 1", "share", 0.70),
+    ("mamba-2.8b", "decode 64", "share", 0.70),
+)
+MOST_START_S = 15.0  # to the first token, once kernels are compiled
+LEAST_RATIO = 3.0  # of tokens per second at batch 64 to transformers', prompts included
+
+
 def about(device: str) -> dict[str, object]:
     """The machine and the versions, as far as they bear on what is measured."""
     import torch
@@ -115,6 +128,28 @@ def run(name: str, command: list[str], limit: float, device: str) -> dict[str, o
     return found
 
 
+def bars(parts: dict[str, dict]) -> list[dict[str, object]]:
+    """What was wanted of an H100, and whether it was reached; `found` is None where nothing was measured."""
+
+    def figure(part: str, name: str, entry: str) -> float | None:
+        found = [f for f in parts.get(part, {}).get("figures", []) if f"{f['name']} ".startswith(f"{name} ")]
+        return found[-1].get(entry) if found else None
+
+    told = [(f"{part}, {name}: {entry}", figure(part, name, entry), least, True) for part, name, entry, least in BARS]
+    told.append(("start: total_s", figure("start", "start", "total_s"), MOST_START_S, False))
+    ours = figure("llama-8b", "decode 64", "total_tok_s")
+    for part, name in (("transformers", "generate"), ("transformers-batching", "batching")):
+        theirs = figure(part, name, "total_tok_s")
+        told.append((f"llama-8b beside {part}", ours / theirs if ours and theirs else None, LEAST_RATIO, True))
+    return [
+        {
+            "bar": name, "wanted": wanted, "found": found,
+            "met": None if found is None else found >= wanted if at_least else found <= wanted,
+        }
+        for name, found, wanted, at_least in told
+    ]  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -146,7 +181,11 @@ def main() -> int:
             found = result["parts"][name] = answer.result()
             bad += [name] * ("error" in found)
             print(f"{name:24} {'FAILED' if 'error' in found else 'done'} {json.dumps(found)[:1500]}", flush=True)
+        result["bars"] = bars(result["parts"])
         file.write_text(json.dumps(result, indent=1) + "\n")
+    for bar in result["bars"]:
+        told = {None: "not measured", True: "met", False: "MISSED"}[bar["met"]]
+        print(f"{bar['bar']:40} wanted {bar['wanted']:<6} found {bar['found'] or '-':<8.4} {told}")
     print(f"{file}: {'all parts ran' if not bad else 'not: ' + ', '.join(bad)}")
     return bool(bad)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from gpu_clock import limits, seconds
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from modelport.kernels import activation, attention, cpu, draw, gpu, kv_cache, linear, moe, norm, ssm
 
@@ -76,6 +77,12 @@ def attentions(s: Shapes) -> Iterator[Case]:
         yield f"attention {name}", lambda i, qs=qs, given=given, rows=rows: attention.paged_attention(
             qs[i % len(qs)], *given, max_query_len=rows
         ), nbytes, flop  # fmt: skip
+        if dim == v_dim and "float8" not in name:  # torch's own, which has no pages
+            k, v = s.randn(seqs, kv_heads, keys, dim), s.randn(seqs, kv_heads, keys, dim)
+            dense = [q.view(seqs, rows, heads, dim).transpose(1, 2) for q in qs]
+            yield f"attention {name} by torch", lambda i, qs=dense, k=k, v=v, rows=rows: scaled_dot_product_attention(
+                qs[i % len(qs)], k, v, is_causal=rows > 1, enable_gqa=True
+            ), nbytes, flop  # fmt: skip
 
 
 def products(s: Shapes) -> Iterator[Case]:

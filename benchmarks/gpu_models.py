@@ -137,10 +137,15 @@ def figures(name: str, device: str, tiny: bool) -> None:
             rates.append(measure.decode_rate(times))
             whole = max(stamps[-1] for stamps in times)
         rate = max(found for found in rates[1:] if found)  # the first compiles and captures
+        ahead = front.engine.lookahead
+        front.engine.lookahead = None
+        times, _, _ = measure.drive(front, measure.batch(size, context, made, vocab, (size, "in turn")))
+        in_turn, front.engine.lookahead = measure.decode_rate(times), ahead
         nbytes = step_bytes(model, about, weights, size, context + made / 2)
         recorder = front.engine.runner.recorder
         tell(
             f"decode {size}", tok_s=rate, total_tok_s=size * made / whole, step_ms=1e3 * size / rate, bytes=nbytes,
+            steps_ahead=ahead.num_ahead if ahead else 0, step_ms_in_turn=1e3 * size / in_turn if in_turn else None,
             share=nbytes / card["read_bytes_s"] * rate / size, graph_steps=recorder.num_replays if recorder else 0,
             given_up=recorder.given_up if recorder else None,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """transformers at batch 64 on the same shape: ``python benchmarks/gpu_peer.py generate|batching``; one JSON line.
 
-`generate` has a static cache and a compiled step, `batching` is its continuous batching (`generate_batch`). Weights
-are random, prompts are those of `gpu_models.py`.
+`generate` has a static cache and a compiled step, `batching` is its continuous batching (`generate_batch`) as it
+chooses to run; its manager is kept, so that capturing is not in the figures. Weights are random, prompts are those of
+`gpu_models.py`.
 """
 
 import argparse
@@ -65,16 +66,25 @@ def main() -> None:
         )  # fmt: skip
         assert out.shape[1] == context + tokens
 
+    kept = 0  # for how many tokens its manager was made, which holds the cache and the graphs
+
     def batching(tokens: int) -> None:
-        settings = GenerationConfig(
-            max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
+        nonlocal kept
+        if kept not in (0, tokens):
+            model.destroy_cached_continuous_batching_manager()
+        kept = tokens
+        settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        found = model.generate_batch(
+            [one.prompt for one in work], generation_config=settings, progress_bar=False, persistent_manager=True
         )
-        found = model.generate_batch([one.prompt for one in work], generation_config=settings, progress_bar=False)
         assert [len(one.generated_tokens) for one in found.values()] == [tokens] * size
 
     run = {"generate": generate, "batching": batching}[args.how]
     with torch.no_grad():  # its batching has a thread of its own
-        print(json.dumps({"name": args.how, **timed(lambda: run(made), lambda: run(1), size, made, args.device)}))
+        found = timed(lambda: run(made), lambda: run(1), size, made, args.device)
+        print(json.dumps({"name": f"{args.how} {size}", **found}))
+    if args.how == "batching":
+        model.destroy_cached_continuous_batching_manager()
 
 
 if __name__ == "__main__":

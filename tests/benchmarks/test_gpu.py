@@ -23,6 +23,8 @@ def run(out: Path, *parts: str, families: str = "") -> dict:
     assert done.returncode == 0, found["parts"]
     assert {name.split()[0] for name in found["parts"]} == set(parts)
     assert {"date", "device", "torch", "transformers", "python"} <= set(found["machine"])
+    measured = {bar["bar"].split(",")[0].split(":")[0] for bar in found["bars"] if bar["found"] is not None}
+    assert measured & set(parts) == set(parts) & {"llama-8b", "mixtral", "qwen2-moe", "mamba-2.8b", "start"}
     return found["parts"]
 
 
@@ -46,11 +48,31 @@ def test_a_part_that_fails_is_told_and_spoils_no_other(tmp_path: Path) -> None:
     }
 
 
+def test_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu
+
+    ours = [{"name": "decode 1", "share": 0.9}, {"name": "decode 64", "share": 0.7, "total_tok_s": 900.0}]
+    start = [{"name": "start", "total_s": 40.0}, {"name": "start", "total_s": 9.0}]
+    parts = {
+        "llama-8b": {"figures": ours}, "start": {"figures": start},
+        "transformers": {"figures": [{"name": "generate 64", "total_tok_s": 300.0}]},
+        "transformers-batching": {"error": "it took too long", "figures": []},
+    }  # fmt: skip
+    told = {bar["bar"]: (bar["found"], bar["met"]) for bar in gpu.bars(parts)}
+    assert told["llama-8b, decode 1: share"] == (0.9, True)
+    assert told["llama-8b, decode 64: share"] == (0.7, False)
+    assert told["llama-8b, prefill: share"] == told["llama-8b beside transformers-batching"] == (None, None)
+    assert told["start: total_s"] == (9.0, True)
+    assert told["llama-8b beside transformers"] == (3.0, True)
+
+
 @pytest.mark.slow
 def test_the_other_parts(tmp_path: Path) -> None:
     found = run(tmp_path, "limits", "kernels", "llama-8b", "mixtral", "mamba-2.8b", "start", "transformers")
     names = {figure["name"].split()[0] for figure in found["kernels"]["figures"]}
     assert {"rms_norm", "attention", "linear", "experts", "selective_scan", "draw"} <= names
+    assert "attention prefill 4k by torch" in {figure["name"] for figure in found["kernels"]["figures"]}
     assert found["limits"]["figures"][0]["read_bytes_s"] > 0
     assert found["transformers"]["figures"][0]["total_tok_s"] > 0
 
