@@ -1,7 +1,8 @@
 """The engine: requests in, one step at a time, outputs out.
 
 Decisions: `step` is plain calls, plan -> run -> settle, and knows neither prompts as text nor threads; what goes wrong
-with one request ends that request alone.
+with one request ends that request alone. Where the device computes by itself, `lookahead` has the next step under way
+before one is settled.
 """
 
 import logging
