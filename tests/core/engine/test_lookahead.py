@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from modelport import LLM, SamplingParams
+from modelport.engine.engine import Engine
 from modelport.engine.graphs import GraphRecorder
 from modelport.plugin import load_plugins
 from modelport.request import Logprob, Request
 from modelport.testing.reference import ModuleReference
+from modelport.testing.session import check
 
 NUM_FUZZED = 12
 
@@ -71,6 +73,29 @@ def test_families(name: str, tmp_path) -> None:
         runner.recorder = GraphRecorder(runner._decode, runner.recorder.states, capture=lambda function: function)
         assert run(llm, prompts, params, ahead=True) == want
         assert runner.recorder.num_replays > 5
+
+
+def _of_media() -> list:
+    names = [a.name for a in load_plugins().architectures.values() if a.tiny and a.reference and a.inputs is not None]
+    return [name if name == "FuyuForCausalLM" else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", _of_media())
+def test_families_that_take_media(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kit asks of them, with engines that look ahead."""
+    opened, engines = Engine._open, []
+
+    def open_ahead(engine: Engine, *given) -> None:
+        opened(engine, *given)
+        if engine._executor is None:
+            engine.look_ahead()
+            engines.append(engine)
+
+    monkeypatch.setattr(Engine, "_open", open_ahead)
+    report = check(name, only=["media", "batched", "chunked", "prefix_cached", "preempted"])
+    assert [(c.name, c.detail) for c in report.checks if c.status in ("failed", "unexpected_pass")] == []
+    assert report["media"].status == "passed"
+    assert sum(engine.lookahead.num_ahead for engine in engines) > 50
 
 
 def fuzzed(chance: random.Random) -> SamplingParams:
