@@ -80,9 +80,9 @@ def _of_media() -> list:
     return [name if name == "FuyuForCausalLM" else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", _of_media())
-def test_families_that_take_media(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kit asks of them, with engines that look ahead."""
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """All that are made, which look ahead."""
     opened, engines = Engine._open, []
 
     def open_ahead(engine: Engine, *given) -> None:
@@ -92,10 +92,24 @@ def test_families_that_take_media(name: str, monkeypatch: pytest.MonkeyPatch) ->
             engines.append(engine)
 
     monkeypatch.setattr(Engine, "_open", open_ahead)
+    return engines
+
+
+@pytest.mark.parametrize("name", _of_media())
+def test_families_that_take_media(name: str, engines: list[Engine]) -> None:
+    """What the kit asks of them."""
     report = check(name, only=["media", "batched", "chunked", "prefix_cached", "preempted"])
     assert [(c.name, c.detail) for c in report.checks if c.status in ("failed", "unexpected_pass")] == []
     assert report["media"].status == "passed"
     assert sum(engine.lookahead.num_ahead for engine in engines) > 50
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", pytest.param("MixtralForCausalLM", marks=pytest.mark.slow)])
+def test_adapters(name: str, engines: list[Engine]) -> None:
+    """They change their slots while a step is under way."""
+    (lora,) = (c for c in check(name, only="lora").checks if c.name == "lora")
+    assert (lora.status, lora.detail) == ("passed", lora.detail)
+    assert sum(engine.lookahead.num_ahead for engine in engines) > 20
 
 
 def fuzzed(chance: random.Random) -> SamplingParams:
