@@ -11,7 +11,7 @@ from modelport.modeling import CausalLM, RMSNorm
 from modelport.parallel.groups import Place, ThreadHub
 from modelport.parallel.pipeline import Elsewhere, keep_stage, run_stage, stage_blocks
 
-NO_MEDIA = SimpleNamespace(media=None)
+NO_MEDIA = SimpleNamespace(media=None, adapters=None)
 """All that the model below reads of a batch."""
 
 
