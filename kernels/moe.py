@@ -139,8 +139,7 @@ def experts(
         code, limit, alpha = activation.kind(act)[0], 0.0, 0.0
     else:
         code, limit, alpha = _SWIGLU_OAI, act.limit, act.alpha
-    adapted = extra is not None or inner is not None
-    on_gpu = gpu.takes(x) and not gate_up.blocked and not down.blocked and not adapted
+    on_gpu = gpu.takes(x) and not gate_up.blocked and not down.blocked
     if not on_gpu and cpu.lib is not None and gate_up.blocked and down.blocked:
         out = torch.empty(x.shape, dtype=x.dtype)
         if cpu.lib.experts(
@@ -149,19 +148,20 @@ def experts(
         ):  # fmt: skip
             return out
     _check(x, ids, shares, gate_up, down, residual)
-    if adapted:
+    if extra is not None or inner is not None:
         _check_adapted(ids, gate_up.out_features, extra, inner)
     if on_gpu:
         of_both = ((packed.data, packed.scales, packed.bias) for packed in (gate_up, down))
-        return gpu.moe.experts(x, ids, shares, *of_both, code, limit, alpha, residual)
+        extra = None if extra is None else extra.contiguous()
+        return gpu.moe.experts(x, ids, shares, *of_both, code, limit, alpha, residual, extra, inner)
     return experts_reference(x, ids, shares, gate_up, down, act, residual, extra, inner)
 
 
 def _check_adapted(ids: Tensor, width: int, extra: Tensor | None, inner: Tensor | None) -> None:
     if extra is not None and extra.shape != (*ids.shape, 2, width):
         raise ValueError(f"experts: extra {tuple(extra.shape)} must be {(*ids.shape, 2, width)}")
-    if inner is not None and inner.shape != (*ids.shape, width):
-        raise ValueError(f"experts: inner {tuple(inner.shape)} must be {(*ids.shape, width)}")
+    if inner is not None and (inner.shape != (*ids.shape, width) or not inner.is_contiguous()):
+        raise ValueError(f"experts: inner {tuple(inner.shape)} must be {(*ids.shape, width)}, dense")
 
 
 def _check(

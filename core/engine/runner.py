@@ -174,7 +174,7 @@ class Runner:
             if found is not None:
                 result.logprobs[int(done[row])] = found
         for row, error in sampled.errors.items():
-            result.errors[int(done[row])] = error
+            result.errors.setdefault(int(done[row]), error)
         return result
 
     def _place_adapters(self, plan: Plan) -> None:

@@ -79,13 +79,16 @@ def _multiply(
 
 @triton.jit
 def _gate_up(
-    x, weight, scales, bias, out, order, starts, ends, experts, chosen, n, k, x_row, limit, alpha, CODE: tl.constexpr,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, weight, scales, bias, extra, inner, out, order, starts, ends, experts, chosen, n, k, x_row, limit, alpha,
+    CODE: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr, INNER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     expert, place, there = _rows_of(tl.program_id(0), starts, ends, experts, BLOCK_M)
     if tl.sum(there.to(tl.int32), 0) > 0:
-        row = (tl.load(order + place, mask=there, other=0) // chosen).to(tl.int64)
+        choice = tl.load(order + place, mask=there, other=0).to(tl.int64)
+        row = choice // chosen
         column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = there[:, None] & (column < n)[None, :]
         matrix = expert.to(tl.int64) * 2
         gate = _multiply(
             x, row, there, weight + matrix * n * k, scales + matrix * n, bias + matrix * n, column, n, k, x_row, k,
@@ -96,12 +99,17 @@ def _gate_up(
             x, row, there, weight + matrix * n * k, scales + matrix * n, bias + matrix * n, column, n, k, x_row, k,
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32), SCALED, BIAS, BLOCK_K,
         )  # fmt: skip
+        if EXTRA:
+            at_extra = extra + choice[:, None] * 2 * n + column[None, :]
+            gate += tl.load(at_extra, mask=mask, other=0.0).to(tl.float32)
+            up += tl.load(at_extra + n, mask=mask, other=0.0).to(tl.float32)
         if CODE == 6:  # gpt-oss
             gate, up = tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
             result = gate * tl.sigmoid(alpha * gate) * (up + 1.0)
         else:
             result = apply(gate, CODE) * up
-        mask = there[:, None] & (column < n)[None, :]
+        if INNER:
+            tl.store(inner + choice[:, None] * n + column[None, :], result.to(inner.dtype.element_ty), mask=mask)
         tl.store(out + place.to(tl.int64)[:, None] * n + column[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
@@ -160,8 +168,12 @@ def route(ids: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor, Tensor]
 def experts(
     x: Tensor, ids: Tensor, shares: Tensor, gate_up: tuple[Tensor, Tensor | None, Tensor | None],
     down: tuple[Tensor, Tensor | None, Tensor | None], code: int, limit: float, alpha: float, residual: Tensor | None,
+    extra: Tensor | None = None, inner: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `modelport.kernels.moe.experts`; of both products: weights, scales and bias. `code` 6 is `SwigluOAI`."""
+    """As `modelport.kernels.moe.experts`; of both products: weights, scales and bias. `code` 6 is `SwigluOAI`.
+
+    extra, inner: dense.
+    """
     x = x if x.stride(1) == 1 else x.contiguous()
     (tokens, hidden), chosen = x.shape, ids.shape[1]
     if residual is not None and residual.stride(1) != 1:
@@ -178,9 +190,10 @@ def experts(
     most = min(choices, choices // block_m + count)
     between = torch.empty((choices, width), dtype=x.dtype, device=x.device)
     _gate_up[(most, triton.cdiv(width, block_n))](
-        x, weight, x if scales is None else scales, x if bias is None else bias, between, order, starts, ends, count,
-        chosen, width, hidden, x.stride(0), limit, alpha, CODE=code, SCALED=scales is not None, BIAS=bias is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        x, weight, x if scales is None else scales, x if bias is None else bias, x if extra is None else extra,
+        x if inner is None else inner, between, order, starts, ends, count, chosen, width, hidden, x.stride(0), limit,
+        alpha, CODE=code, SCALED=scales is not None, BIAS=bias is not None, EXTRA=extra is not None,
+        INNER=inner is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     weight, scales, bias = down
     rows = torch.empty((choices, hidden), dtype=torch.float32, device=x.device)

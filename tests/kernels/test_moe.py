@@ -116,6 +116,31 @@ def test_a_choice_of_nobody_adds_nothing() -> None:
     assert torch.equal(out[5], residual[5])
 
 
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7, 2100])
+def test_what_adapters_of_experts_need(dtype: torch.dtype, tokens: int) -> None:
+    """What is added before the activation is as if gate and up had it; what goes into the down product is told."""
+    layer = Layer(4, 24, 37, dtype, bias=True)
+    x, (ids, shares) = torch.randn(tokens, 24).to(dtype), routing(tokens, 4, 2)
+    ids[::3, 1] = -1
+    extra, inner = torch.randn(tokens, 2, 2, 37).to(dtype), torch.zeros(tokens, 2, 37, dtype=dtype)
+    got = moe.experts(x, ids, shares, *layer.packed, "silu", None, extra, inner)
+    want, total = torch.zeros(tokens, 2, 37, dtype=torch.float64), torch.zeros(tokens, 24, dtype=torch.float64)
+    for choice in range(2):
+        for expert in range(4):
+            rows = (ids[:, choice] == expert).nonzero()[:, 0]
+            both = torch.einsum("pwh,nh->npw", layer.gate_up[expert].double(), x[rows].double())
+            both = both + layer.biases[0][expert].double() + extra[rows, choice].double()
+            want[rows, choice] = torch.nn.functional.silu(both[:, 0]) * both[:, 1]
+            out = want[rows, choice] @ layer.down[expert, 0].double().T + layer.biases[1][expert, 0].double()
+            total[rows] += shares[rows, choice, None].double() * out
+    close(inner, want.to(dtype), ROUNDED)
+    close(got, total.to(dtype), ROUNDED)
+    with pytest.raises(ValueError, match="extra"):
+        moe.experts(x, ids, shares, *layer.packed, "silu", None, extra[:, :1])
+
+
 def test_more_tokens_than_one_pass_takes() -> None:
     layer = Layer(3, 20, 18)
     wide, residual = torch.randn(4500, 33), torch.randn(4500, 25)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from modelport.kernels import gpu, linear, moe
+from modelport.kernels import gpu, linear, lora, moe
 
 ON_CPU = os.environ.get("MODELPORT_TEST_DEVICE", "cpu") == "cpu"
 DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
@@ -69,6 +69,17 @@ def test_experts(tokens: int, count: int, chosen: int, hidden: int, width: int, 
     close(moe.experts(*given, residual), moe.experts_reference(*given, residual))
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_what_adapters_of_experts_need(tokens: int) -> None:
+    gate_up, down = weights(4, 33, 40, torch.float32, linear.pack, bias=True)
+    x, ids, shares = torch.randn(tokens, 33), torch.randint(-1, 4, (tokens, 3)), torch.rand(tokens, 3)
+    extra = torch.randn(tokens, 3, 2, 40)
+    got_inner, want_inner = torch.zeros(tokens, 3, 40), torch.zeros(tokens, 3, 40)
+    got = moe.experts(x, ids, shares, gate_up, down, "silu", None, extra, got_inner)
+    close(got, moe.experts_reference(x, ids, shares, gate_up, down, "silu", None, extra, want_inner))
+    close(got_inner, want_inner)
+
+
 def test_eight_bit_floats_from_packing_to_product() -> None:
     x, weight = torch.randn(5, 64), torch.randn(40, 64) * torch.logspace(-3, 3, 40)[:, None]
     packed = linear.pack_fp8(weight)
@@ -114,3 +125,15 @@ def test_lora(tokens: int, slots: int, rank: int, dtype: torch.dtype) -> None:
             if slot >= 0:
                 want[row] = want[row] + x[row].float() @ a[slot].float().T @ b[slot].float()
         close(gpu.lora.lora(x, rows, a, b, added), want.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lora_of_parts(dtype: torch.dtype) -> None:
+    x, out = torch.randn(9, 40).to(dtype), torch.randn(9, 50).to(dtype)
+    a, b = torch.randn(2, 3 * 4, 40).to(dtype) / 6, torch.randn(2, 4, 50).to(dtype)
+    made = lora.LowRank(a, b, torch.tensor([4, 4], dtype=torch.int32), (0, 20, 35, 50))
+    slots = torch.randint(-1, 2, (9,), dtype=torch.int32)
+    got, want = out.clone(), out.clone()
+    lora.lora_(got, x, slots, made)
+    lora.lora_reference_(want, x, slots, made)
+    close(got, want)
