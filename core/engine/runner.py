@@ -138,7 +138,8 @@ class Runner:
         scored = {i: r for i, r in enumerate(plan.requests) if r.wants_prompt_logprobs}
         logits = None
         single = len(done) == len(token_ids) and not plan.joined and not scored
-        sees_media = batch.encoded is not None and batch.encoded.rows is not None  # its rows cannot be filled up
+        crosses = batch.encoded is not None and batch.encoded.rows is not None
+        sees_media = crosses or batch.media is not None  # such rows cannot be filled up
         if self.recorder is not None and single and not (sees_media and isinstance(self.recorder, GraphRecorder)):
             logits = self.recorder.run(token_ids, batch)
         if logits is None:
