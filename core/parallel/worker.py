@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def _load(
             "shareable": memory.shareable,
             "by_length": loaded.runner.by_length,
             "device": str(about.device),
-            "notes": [[note.path, note.divided, note.how] for note in loaded.notes],
+            "notes": [list(astuple(note)) for note in loaded.notes],
         })
     )  # fmt: skip
     return loaded

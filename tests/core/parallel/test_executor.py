@@ -31,14 +31,15 @@ def test_a_place_that_fails_stops_the_others(tiny: str, tensor: int, pipeline: i
 def test_every_stage_tells_what_became_of_its_layers(tiny: str) -> None:
     llm = LLM(tiny, **SETTINGS, tensor_parallel_size=2, pipeline_parallel_size=3)
     told = [str(note) for note in llm._front.engine.runner.describe()]
-    assert told == [
-        line
-        for i in range(3)
-        for line in (
+    layers = [
+        (
             f"model.layers.{i}.self_attn: divided, 2 of 4 heads, 1 of 2 key heads",
             f"model.layers.{i}.mlp: divided, 56 of 112 columns",
         )
+        for i in range(3)
     ]
+    table, head = (f"{name}: divided, 160 of 320 tokens" for name in ("model.embed_tokens", "lm_head"))
+    assert told == [*layers[0], table, *layers[1], *layers[2], head]
 
 
 def test_more_stages_than_blocks_stop_the_start(tiny: str) -> None:
