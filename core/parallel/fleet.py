@@ -196,6 +196,7 @@ class Fleet:
         self.launch()
         self._gather_agents()
         self._compare(plugins)
+        self._ended.clear()  # what is told from now on concerns the new ones
         for node, (channel, _) in self._agents.items():
             ranks = range(node * self._each, (node + 1) * self._each)
             channel.send(Frame.of(Kind.FORK, {"ranks": [[rank, local] for local, rank in enumerate(ranks)]}))
@@ -332,7 +333,6 @@ class Fleet:
                 f"{pp_size})"
             )
             found[rank] = Member(rank, rank // self._each, channel, hello["host"], hello["pid"], name)
-        self._ended.clear()
         self.members.extend(found[rank] for rank in sorted(found))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -86,6 +87,7 @@ def test_a_machine_that_is_cut_off_is_noticed_on_both_sides(processes, machines:
         assert error.startswith("error worker ")
         assert "its machine is cut off" in error
         assert processes.gone(pids[:1], 1.0)
+        os.kill(pids[1], signal.SIGKILL)  # what its agent tells of that is never acknowledged
         second.wait(20)  # it cannot be told, and finds out
         assert processes.gone(pids[1:], 1.0)
         ip("-n", machines["b"], "link", "set", "eth", "up")
