@@ -30,8 +30,8 @@ _MAGIC, _VERSION = b"mP", 1
 _CODE = 32  # bytes of a code
 _MOST_JSON, _MOST_TENSORS = 1 << 28, 1 << 36
 _LOST = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 11_000))
-"""A machine that is silent for 11 s is lost; what it was sent and does not acknowledge, which the system would repeat for
-a quarter of an hour, makes no difference (the last one, in milliseconds)."""
+"""A machine that is silent for 11 s is lost. The last one, in milliseconds, is for when it has not acknowledged what it
+was sent, which the system would repeat for a quarter of an hour."""
 
 HANDSHAKE = 5.0
 """Seconds that a peer gets to prove itself."""

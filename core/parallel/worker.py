@@ -126,7 +126,7 @@ def _load(
     store: dist.Store | None,
 ) -> Loaded:  # fmt: skip
     settings = EngineConfig.model_validate(hello["settings"])
-    settings = _on_device(settings, settings.data_parallel_rank * settings.num_places + local)
+    settings = _on_device(settings, local)
     checkpoint = resolve(
         settings.model,
         settings.revision,

@@ -51,6 +51,8 @@ def test_a_lost_worker_fails_what_runs_and_others_take_its_place(
         assert await tokens_until(llm, LONG, lambda: None) == wanted
         pids = processes.workers(llm)
         agent = processes.parent(pids[0])
+        ports, shared = processes.listening(pids), processes.shared_memory(pids)
+        assert ports  # gloo's
         happened = 0.0
 
         def happens() -> None:
@@ -66,6 +68,8 @@ def test_a_lost_worker_fails_what_runs_and_others_take_its_place(
         assert f"process {pids[1]} on " in error
         assert told in error
         assert processes.gone(pids, 1.0)
+        assert processes.are_free(ports)
+        assert not any(map(os.path.exists, shared))
         assert not processes.gone([agent], 0)
         with pytest.raises(RuntimeError, match="not running"):
             await tokens_until(llm, SHORT, lambda: None)
