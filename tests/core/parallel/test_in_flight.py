@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from modelport import LLM, SamplingParams
 from modelport.engine import engine as engine_module
 from modelport.engine.scheduler import Plan
+from modelport.parallel.channel import Channel, Frame
 from modelport.parallel.fleet import WorkerError
 from modelport.plugin import load_plugins
 from modelport.testing.reference import ModuleReference
@@ -120,6 +122,18 @@ def pictures(llm: LLM) -> Iterator[dict[str, Any]]:
         yield {"prompt_token_ids": ids, "multi_modal_data": {"image": shown}} if shown else {"prompt_token_ids": ids}
 
 
+def packed(monkeypatch: pytest.MonkeyPatch) -> dict[Channel, list[int]]:
+    """Bytes of tensors in each message from now on."""
+    found, send = defaultdict(list), Channel.send
+
+    def sends(channel: Channel, frame: Frame) -> None:
+        found[channel].append(len(frame.packed))
+        send(channel, frame)
+
+    monkeypatch.setattr(Channel, "send", sends)
+    return found
+
+
 @pytest.mark.parametrize("executor", ["inproc", pytest.param("mp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "entries"),
@@ -145,6 +159,7 @@ def test_models_with_media_an_encoder_or_angles_by_length_have_several_steps_und
     limits = {"max_num_batched_tokens": 40, "max_num_seqs": 5, "num_kv_blocks": 30}
     llm = LLM(str(tmp_path), **settings, **limits, pipeline_parallel_size=2, executor=executor)
     under_way, plans = watch(llm)
+    sizes = packed(monkeypatch)
     for _ in range(2):  # the second time from the cache, where there is one
         found, wanted = (
             [o.outputs[0].token_ids for o in each.generate(prompts, GREEDY, use_tqdm=False)] for each in (llm, one)
@@ -155,6 +170,10 @@ def test_models_with_media_an_encoder_or_angles_by_length_have_several_steps_und
     if architecture.inputs is not None:
         assert any(plan.encode for plan in plans)
         assert any(plan.forget for plan in plans)
+    if executor == "mp":
+        takes = [any(sizes[member.channel]) for member in llm._front.engine.runner._fleet.members]
+        reads_media = name.startswith("Mllama")  # in its blocks
+        assert takes == [architecture.inputs is not None, reads_media]
     engine = llm._front.engine
     assert not engine._flying
     assert not engine.scheduler._away
