@@ -28,7 +28,15 @@ _NO_FLAG = {
     "data_parallel_rank",
     "lora_modules",
 }  # own flags, or no use without text
-_SHORT = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
+_ALSO = {  # as vLLM has them
+    "tensor_parallel_size": ("-tp",),
+    "pipeline_parallel_size": ("-pp",),
+    "data_parallel_size": ("-dp",),
+    "enable_expert_parallel": ("-ep",),
+    "executor": ("--distributed-executor-backend",),
+    "nnodes": ("-n",),
+    "node_rank": ("-r",),
+}
 _SAMPLING: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "most tokens to write"),
     "temperature": (float, "0 takes the likeliest token, more is more varied"),
@@ -82,7 +90,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, field in fields.items():
         if name not in _NO_FLAG:
-            flags = (*_SHORT.get(name, ()), "--" + name.replace("_", "-"))
+            flags = (*_ALSO.get(name, ()), "--" + name.replace("_", "-"))
             kind = _kind(field.annotation)
             group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=_help(field), **kind)
     group.add_argument(
@@ -181,7 +189,7 @@ def _kind(annotation: Any) -> dict[str, Any]:
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
     if get_origin(annotation) is tuple:
-        return {"nargs": "+", "metavar": "TEXT"}
+        return {"nargs": "+", **_kind(get_args(annotation)[0])}
     if get_origin(annotation) is dict:
         return {"type": _json_object, "metavar": "JSON"}
     assert annotation in (int, float, str), f"no flag for a field of type {annotation}"

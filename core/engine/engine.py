@@ -91,9 +91,7 @@ class Engine:
         self.cache = Cache(memory.groups, settings.block_size, settings.enable_prefix_caching and memory.shareable)
         rows = MEDIA_ROWS * (4 if any(group.cross for group in memory.groups) else 1)
         self._flying: deque[Plan] = deque()
-        self._depth = 1
-        if self._executor is not None and inputs is None and rope is None and not self.has_encoder:
-            self._depth = settings.pipeline_parallel_size
+        self._depth = 1 if self._executor is None else settings.pipeline_parallel_size
         media = None if inputs is None else MediaCache(max(memory.max_model_len, rows), chunk)
         adapters = None if self.adapters is None else AdapterSlots(settings.max_loras)
         self.scheduler = Scheduler(

@@ -16,14 +16,12 @@ class MediaCache:
 
     :param capacity: rows that it holds at most; the longest item of a prompt fits.
     :param rows_per_step: rows that a step encodes at most, unless its first item has more.
-    :ivar encode: items that this step encodes.
-    :ivar forget: digests whose rows the runner drops before it does so.
     """
 
     def __init__(self, capacity: int, rows_per_step: int):
         self.capacity, self.rows_per_step = capacity, rows_per_step
-        self.encode: list[MediaItem] = []
-        self.forget: list[bytes] = []
+        self._encode: dict[bytes, MediaItem] = {}  # what the runner has not been told yet
+        self._forget: list[bytes] = []
         self._rows: dict[bytes, int] = {}
         self._users: dict[bytes, int] = {}
         self._free: OrderedDict[bytes, None] = OrderedDict()
@@ -32,7 +30,16 @@ class MediaCache:
 
     def begin(self) -> None:
         """A new step."""
-        self.encode, self.forget, self._spent = [], [], 0
+        self._spent = 0
+
+    def told(self) -> tuple[list[MediaItem], list[bytes]]:
+        """Items that this step encodes, and digests whose rows the runner drops before it does so.
+
+        What a step without requests would have done is left to the next one: it is not run.
+        """
+        found = list(self._encode.values()), self._forget
+        self._encode, self._forget = {}, []
+        return found
 
     def reach(self, request: Request, start: int, count: int, joins: bool = False) -> int:
         """How many of `count` tokens from `start` on this step can compute; their media are held for it.
@@ -78,11 +85,12 @@ class MediaCache:
             digest, _ = self._free.popitem(last=False)
             excess -= self._rows[digest]
             self._used -= self._rows.pop(digest)
-            self.forget.append(digest)
+            if self._encode.pop(digest, None) is None:
+                self._forget.append(digest)
         self._rows[item.digest] = item.num_rows
         self._used += item.num_rows
         self._spent += item.num_rows
-        self.encode.append(item)
+        self._encode[item.digest] = item
         return True
 
     def _release(self, digests: set[bytes]) -> None:

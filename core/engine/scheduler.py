@@ -141,10 +141,10 @@ class Scheduler:
             budget -= count
         if plan.requests:
             plan.left, self._left = self._left, []
-        if self.media is not None:
-            plan.encode, plan.forget = self.media.encode, self.media.forget
-        if self.adapters is not None:
-            plan.adapters, self.adapters.fresh = self.adapters.fresh, []
+            if self.media is not None:
+                plan.encode, plan.forget = self.media.told()
+            if self.adapters is not None:
+                plan.adapters, self.adapters.fresh = self.adapters.fresh, []
         return plan
 
     def present(self) -> list[Request]:

@@ -29,6 +29,10 @@ _HEADER = struct.Struct("!2sBBQIQ")  # magic, version, kind, number, bytes of JS
 _MAGIC, _VERSION = b"mP", 1
 _CODE = 32  # bytes of a code
 _MOST_JSON, _MOST_TENSORS = 1 << 28, 1 << 36
+_LOST = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 11_000))
+"""A machine that is silent for 11 s is lost. The last one, in milliseconds, is for when it has not acknowledged what it
+was sent, which the system would repeat for a quarter of an hour."""
+
 HANDSHAKE = 5.0
 """Seconds that a peer gets to prove itself."""
 
@@ -100,7 +104,7 @@ class Channel:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that is cut off says no goodbye
-            for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+            for name, value in _LOST:
                 if hasattr(socket, name):
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

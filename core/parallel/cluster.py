@@ -13,7 +13,7 @@ import logging
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 from modelport.config import EngineConfig
 from modelport.engine.memory import Limits
@@ -47,17 +47,26 @@ class RayExecutor(RemoteExecutor):
 
 
 class RayLauncher:
-    """One agent for each place."""
+    """One agent for each place.
+
+    :cvar open: how many are not ended; the last one ends a cluster that the first one has started.
+    """
+
+    first_device = 0  # an agent sees only the one that Ray gave it
+    open: ClassVar[int] = 0
+    started: ClassVar[bool] = False
 
     def __init__(self, settings: EngineConfig):
         ray = _ray()
         self._ray, self._settings, self._secret = ray, settings, new_secret()
         self.num_agents = settings.num_places
         self._group, self._hosts = None, {}
-        self._owned = not ray.is_initialized()
-        if self._owned:
+        if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
+            RayLauncher.started = True
+        RayLauncher.open += 1
+        self._is_open = True
         try:
             self._find_room()
         except BaseException:
@@ -88,14 +97,21 @@ class RayLauncher:
         return None if code is None else how_ended(code)
 
     def end(self) -> None:
-        """Ray may be gone already when Python ends; then so is all of this."""
+        """Ray may be gone already when Python ends; then so is all of this, and to ask it would start it again."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        RayLauncher.open -= 1
+        is_ours, RayLauncher.started = RayLauncher.started, RayLauncher.started and RayLauncher.open > 0
+        if not self._ray.is_initialized():
+            return
         with contextlib.suppress(Exception):
             for _, actor, _ in self._hosts.values():
                 self._ray.kill(actor)
             if self._group is not None:
                 self._ray.util.remove_placement_group(self._group)
         self._hosts = {}
-        if self._owned:
+        if is_ours and not RayLauncher.open:
             with contextlib.suppress(Exception):
                 self._ray.shutdown()
 

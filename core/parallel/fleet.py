@@ -45,9 +45,11 @@ class Launcher(Protocol):
     """How agents come to run.
 
     :ivar num_agents: one for each machine.
+    :ivar first_device: number of a machine's first GPU that is not another copy's, of those that its agent sees.
     """
 
     num_agents: int
+    first_device: int
 
     def listen(self) -> Listener:
         """What agents connect to."""
@@ -68,6 +70,7 @@ class LocalLauncher:
     num_agents = 1
 
     def __init__(self, settings: EngineConfig):
+        self.first_device = settings.data_parallel_rank * settings.num_places
         self._early = {"plugins": list(settings.plugins), "blocked": list(settings.blocked_plugins)}
         self._threads = max(1, len(os.sched_getaffinity(0)) // (settings.num_places * settings.data_parallel_size))
         self._folder = tempfile.TemporaryDirectory(prefix="modelport-", ignore_cleanup_errors=True)
@@ -196,9 +199,11 @@ class Fleet:
         self.launch()
         self._gather_agents()
         self._compare(plugins)
+        self._ended.clear()  # what is told from now on concerns the new ones
         for node, (channel, _) in self._agents.items():
             ranks = range(node * self._each, (node + 1) * self._each)
-            channel.send(Frame.of(Kind.FORK, {"ranks": [[rank, local] for local, rank in enumerate(ranks)]}))
+            numbered = [[rank, device] for device, rank in enumerate(ranks, self._launcher.first_device)]
+            channel.send(Frame.of(Kind.FORK, {"ranks": numbered}))
         self._gather_workers()
 
     def kill(self) -> None:
@@ -332,7 +337,6 @@ class Fleet:
                 f"{pp_size})"
             )
             found[rank] = Member(rank, rank // self._each, channel, hello["host"], hello["pid"], name)
-        self._ended.clear()
         self.members.extend(found[rank] for rank in sorted(found))
 
 
@@ -360,8 +364,9 @@ def starting(settings: EngineConfig) -> Iterator[None]:
     fleets: list[Fleet] = []
     token = _EARLY.set(fleets)
     try:
-        for _ in range(settings.data_parallel_size):
-            fleets.append(Fleet(settings, LocalLauncher(settings)))
+        for rank in range(settings.data_parallel_size):
+            own = settings.model_copy(update={"data_parallel_rank": rank})
+            fleets.append(Fleet(own, LocalLauncher(own)))
             fleets[-1].launch()
         yield
     finally:

@@ -77,6 +77,10 @@ class Place:
         """Sum over the stage."""
         return self.links.all_reduce(x, self.stage)
 
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """What each place of the stage has, all of one shape."""
+        return self.links.all_gather(x, self.stage)
+
     def send(self, state: State) -> None:
         """To the next stage."""
         self.links.send(state, self.rank + self.tp_size)

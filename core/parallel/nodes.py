@@ -27,6 +27,8 @@ class NodesLauncher:
     :raises ValueError: settings that do not say where machine 0 is, or no secret.
     """
 
+    first_device = 0
+
     def __init__(self, settings: EngineConfig):
         secret = _checked(settings)
         self.num_agents = settings.nnodes

@@ -8,6 +8,7 @@ Steps are recorded only where there is one place: a recording would pass by the 
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +21,7 @@ from modelport.modeling.rope import Rope, find_by_length
 from modelport.parallel.groups import Place
 from modelport.parallel.pipeline import keep_stage, run_stage
 from modelport.parallel.tensor import Note, divide_layers
+from modelport.parallel.vocabulary import divide_vocabulary, is_head_divided
 from modelport.plugin import Plugins
 
 
@@ -43,6 +45,7 @@ class PlaceRunner(Runner):
         # what takes tokens' places goes into the first stage, what cross attention reads into every one
         self._encodes = self._encodes and (place.is_first or self._crosses)
         self._forward = functools.partial(run_stage, model, blocks, place)
+        self._has_logits = place.is_last and is_head_divided(model)
 
     def step(self, plan: Plan) -> StepResult:
         """As `Runner.step`; the result is empty where this is not the place that samples."""
@@ -57,7 +60,16 @@ class PlaceRunner(Runner):
             self._encode_media(plan)
         slots, computed, lengths, counts = self._rows(plan)
         self._token_ids[slots, lengths - 1] = [request.token_ids[-1] for request in plan.requests]
-        self._forward(*self._batch(plan, slots, computed, counts))
+        token_ids, batch = self._batch(plan, slots, computed, counts)
+        state = self._forward(token_ids, batch)
+        if self._has_logits:  # of the rows of which `step` computes them, in the same order
+            ends = np.cumsum(counts)
+            for index, request in enumerate(plan.requests):
+                if request.wants_prompt_logprobs:
+                    self._score(request, state, batch, ends[index] - counts[index], counts[index])
+            done = np.flatnonzero(computed + counts == lengths)
+            if len(done):
+                self._logits(state, batch, self._tensor(ends[done] - 1))
         return StepResult([-1] * len(slots))
 
 
@@ -92,6 +104,7 @@ def load_place(
         kinds = cache_kinds(model)
         blocks = keep_stage(model, place, about.text.vocab_size, settings.pipeline_blocks)
         notes.extend(divide_layers(model, place, settings.enable_expert_parallel))
+        notes.extend(divide_vocabulary(model, place, about.text.vocab_size))
 
     model = build(about, plugins, settings, limits.max_model_len, progress, divide)
     memory = attach_memory(model, settings, about.dtype, about.device, limits, kinds, place)

@@ -9,7 +9,7 @@ new ones from agents that still have everything imported.
 
 import time
 from collections import deque
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
@@ -107,7 +107,13 @@ class RemoteExecutor:
         self._steps += 1
         try:
             message, tensors = self._writer.write(plan)
-            self._send(Frame.of(Kind.STEP, message, self._steps, tensors))
+            frame = Frame.of(Kind.STEP, message, self._steps, tensors)
+            # media go to those who encode them: the first stage, and all where blocks read them
+            first = self._settings.tensor_parallel_size
+            every = not tensors or any(group.cross for group in self.memory.groups)
+            self._send(frame, None if every else self._fleet.members[:first])
+            if not every:
+                self._send(replace(frame, packed=b""), self._fleet.members[first:])
         except WorkerError:
             self._fleet.kill()
             raise

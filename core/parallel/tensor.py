@@ -36,11 +36,13 @@ class Note:
     :ivar path: the module that holds it.
     :ivar divided: False where every place computes it whole.
     :ivar how: in words: the sizes of this place's part, or why there is none.
+    :ivar is_layer: False for what is as large as the vocabulary.
     """
 
     path: str
     divided: bool
     how: str
+    is_layer: bool = True
 
     def __str__(self) -> str:
         return f"{self.path}: {'divided' if self.divided else 'whole'}, {self.how}"

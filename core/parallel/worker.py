@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def _load(
     store: dist.Store | None,
 ) -> Loaded:  # fmt: skip
     settings = EngineConfig.model_validate(hello["settings"])
-    settings = _on_device(settings, settings.data_parallel_rank * settings.num_places + local)
+    settings = _on_device(settings, local)
     checkpoint = resolve(
         settings.model,
         settings.revision,
@@ -148,7 +149,7 @@ def _load(
             "shareable": memory.shareable,
             "by_length": loaded.runner.by_length,
             "device": str(about.device),
-            "notes": [[note.path, note.divided, note.how] for note in loaded.notes],
+            "notes": [list(astuple(note)) for note in loaded.notes],
         })
     )  # fmt: skip
     return loaded

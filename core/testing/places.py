@@ -32,7 +32,7 @@ def divided(subject: Subject, tensor: int = 1, pipeline: int = 1) -> Measured:
     worst = max(difference(c, f) for c, f in zip(base, found, strict=True))
     llm = subject.llm(max_num_batched_tokens=CHUNK, max_num_seqs=3, **settings)
     crowd = subject.hold(subject.together(subject.prompts, llm=llm))
-    notes = llm._front.engine.runner.describe()
+    notes = [note for note in llm._front.engine.runner.describe() if note.is_layer]
     whole = [note for note in notes if not note.divided]
     if notes and len(whole) == len(notes):
         raise Skip(f"{NOT_BUILT}division of {whole[0]}")

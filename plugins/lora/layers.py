@@ -115,7 +115,7 @@ class EmbeddingLayer(Layer):
 
     def __init__(self, module: Embedding, rows: Rows, slots: int, dtype: torch.dtype):
         super().__init__(module, rows, slots, module.num_embeddings, (module.size,), dtype)
-        self.tables: Tensor | None = None  # (slots, num_embeddings, rank)
+        self.tables: Tensor | None = None  # (slots, embeddings of this place, rank)
 
     def update(self, token_ids: Tensor, out: Tensor) -> Tensor:
         if self.rows.now is None or self.low_rank is None:
@@ -128,13 +128,15 @@ class EmbeddingLayer(Layer):
     def place(self, slot: int, pairs: Mapping[int, Pair], device: torch.device) -> bool:
         if not pairs and self.low_rank is None:
             return False
+        cut = _cut_of(self.module)  # of a divided table, which is asked for its own rows
+        count = self.in_features if cut is None else sum(piece.size for piece in cut.pieces)
         rank = max((len(a) for a, _ in pairs.values()), default=0)
         known = 0 if self.low_rank is None else self.low_rank.b.shape[1]
         moved = rank > known
         if moved:
             old, self.tables = (
                 self.tables,
-                torch.zeros(self.slots, self.in_features, rank, dtype=self.dtype, device=device),
+                torch.zeros(self.slots, count, rank, dtype=self.dtype, device=device),
             )
             if old is not None:
                 self.tables[:, :, :known] = old
@@ -145,7 +147,8 @@ class EmbeddingLayer(Layer):
         self.low_rank.b[slot] = 0
         self.low_rank.ranks[slot] = 0
         for a, b in pairs.values():
-            self.tables[slot, :, : len(a)] = a.T.to(self.dtype)
+            mine = a if cut is None else _narrowed(a, 1, cut.of(None))
+            self.tables[slot, :, : len(a)] = mine.T.to(self.dtype)
             self.low_rank.b[slot, : b.shape[1]] = b.T.to(self.dtype)
             self.low_rank.ranks[slot] = len(a)
         return moved

@@ -155,3 +155,30 @@ def test_room_is_wanted_for_all_keys():
     s.add(waiting("one"))
     s.add(waiting("two"))
     assert set(run(s)[0]) == {"one"}  # five blocks each
+
+
+def test_what_a_step_without_requests_would_have_encoded_is_told_with_a_later_one(monkeypatch):
+    s = scheduler()
+    only = waiting("only")
+    s.add(only)
+    told = run(s)[1]
+    with monkeypatch.context() as patch:  # blocks are taken by requests whose steps are under way
+        patch.setattr(s.cache, "grow", lambda *_: False)
+        plan = s.plan(2)
+        assert (plan.requests, plan.encode) == ([], [])
+    while only.num_computed < 14:
+        told += run(s)[1]
+    assert sorted(told) == [b"a", b"b", b"c"]
+
+
+def test_what_is_forgotten_before_it_is_told_is_neither_encoded_nor_forgotten():
+    media = MediaCache(9, 100)
+    first, second = waiting("first", placed((0, A)), 3), waiting("second", placed((0, image("d", 9))), 3)
+    media.begin()
+    assert media.reach(first, 0, 3) == 3
+    media.release(first)
+    media.begin()
+    assert media.reach(second, 0, 3) == 3
+    encoded, forgotten = media.told()
+    assert ([item.digest for item in encoded], forgotten) == ([b"d"], [])
+    assert media.told() == ([], [])

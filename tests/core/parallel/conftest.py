@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,31 @@ class Processes:
         """Folders of engines that this test and its processes made."""
         here = tempfile.gettempdir()
         return {f for f in os.listdir(here) if os.path.exists(f"{here}/{f}/engine")}
+
+    def listening(self, pids: list[int]) -> set[str]:
+        """Ports of this machine, as the system writes them, on which any of these processes listens."""
+        sockets = set()
+        for pid in pids:
+            for link in Path(f"/proc/{pid}/fd").glob("*"):
+                with suppress(OSError):
+                    sockets.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+        return {port for inode, port in _listening() if inode in sockets}
+
+    def are_free(self, ports: set[str]) -> bool:
+        return not ports & {port for _, port in _listening()}
+
+    def shared_memory(self, pids: list[int]) -> set[str]:
+        """Files of shared memory that any of these processes has mapped."""
+        lines = (line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+        return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line}
+
+
+def _listening() -> Iterator[tuple[str, str]]:
+    for version in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{version}").read_text().splitlines()[1:]:
+            _, here, _, state, *rest = line.split()
+            if state == "0A":
+                yield rest[5], here
 
 
 def _runs(pid: int) -> bool:

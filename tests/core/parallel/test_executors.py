@@ -18,9 +18,12 @@ from modelport.cli import main
 from modelport.discovery import PluginRecord
 from modelport.frontend import Frontend
 from modelport.parallel import worker
+from modelport.parallel.channel import Channel, Frame, Kind
+from modelport.parallel.cluster import RayLauncher
 from modelport.parallel.executor import ThreadExecutor, executor_class
 from modelport.parallel.fleet import WorkerError
 from modelport.parallel.network import interface_of
+from modelport.parallel.nodes import NodesLauncher
 from modelport.parallel.remote import ProcessExecutor
 from modelport.plugin import PluginError, load_plugins
 
@@ -220,9 +223,39 @@ def test_devices_are_numbered_within_a_machine(monkeypatch: pytest.MonkeyPatch) 
     assert worker._on_device(EngineConfig(model="m", device="cpu"), 0).device == "cpu"
 
 
+def test_copies_on_one_machine_have_devices_of_their_own(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, send = [], Channel.send
+
+    def sends(channel: Channel, frame: Frame) -> None:
+        if frame.kind == Kind.FORK:
+            asked.append(frame.message["ranks"])
+        send(channel, frame)
+
+    monkeypatch.setattr(Channel, "send", sends)
+    llm = LLM(tiny, **SETTINGS, tensor_parallel_size=2, data_parallel_size=2)
+    llm._front.engine.shutdown()
+    assert asked == [[[0, 0], [1, 1]], [[0, 2], [1, 3]]]
+    assert RayLauncher.first_device == NodesLauncher.first_device == 0  # their agents see no other copy's
+
+
 def test_networks_have_names() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None
+
+
+@pytest.mark.slow
+def test_copies_lie_where_ray_has_room(processes, tiny: str) -> None:
+    ray = pytest.importorskip("ray")
+    wanted = tokens(LLM(tiny, **SETTINGS))
+    llm = LLM(tiny, **SETTINGS, data_parallel_size=2, executor="ray")  # on a cluster that is started for them
+    pids = [pid for engine in llm._front.engine.engines for pid in engine.runner.worker_pids]
+    assert len(set(pids)) == 2
+    for _ in range(2):
+        outputs = llm.generate([[1, 2, 3]] * 4, GREEDY, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == [wanted] * 4
+    llm._front.engine.shutdown()
+    assert processes.gone(pids)
+    assert not ray.is_initialized()
 
 
 @pytest.mark.slow

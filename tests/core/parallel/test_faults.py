@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 
 from modelport import LLM, SamplingParams
 from modelport.llm import AsyncLLM
+from modelport.parallel import fleet
+from modelport.parallel.channel import Listener
 from modelport.parallel.fleet import WorkerError
 
 SETTINGS = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True}
@@ -48,6 +51,8 @@ def test_a_lost_worker_fails_what_runs_and_others_take_its_place(
         assert await tokens_until(llm, LONG, lambda: None) == wanted
         pids = processes.workers(llm)
         agent = processes.parent(pids[0])
+        ports, shared = processes.listening(pids), processes.shared_memory(pids)
+        assert ports  # gloo's
         happened = 0.0
 
         def happens() -> None:
@@ -63,6 +68,8 @@ def test_a_lost_worker_fails_what_runs_and_others_take_its_place(
         assert f"process {pids[1]} on " in error
         assert told in error
         assert processes.gone(pids, 1.0)
+        assert processes.are_free(ports)
+        assert not any(map(os.path.exists, shared))
         assert not processes.gone([agent], 0)
         with pytest.raises(RuntimeError, match="not running"):
             await tokens_until(llm, SHORT, lambda: None)
@@ -102,6 +109,29 @@ def test_workers_start_again_when_their_agent_was_killed(processes, tiny: str) -
     assert tokens(llm) == wanted
     llm.restart_workers()  # also when nothing is wrong
     assert tokens(llm) == wanted
+
+
+def test_workers_that_are_slow_to_start_again_are_waited_for(
+    processes, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(tiny, **SETTINGS, tensor_parallel_size=2)
+    wanted = tokens(llm)
+    os.kill(processes.workers(llm)[1], signal.SIGKILL)
+    with pytest.raises(WorkerError, match="was ended by SIGKILL"):
+        tokens(llm)
+    waited = []
+
+    def late(things: list, seconds: float) -> list:
+        if isinstance(things[0], Listener) and len(waited) < 2:
+            waited.append(things[0])
+            return []  # nobody has connected yet
+        return wait(things, seconds)
+
+    monkeypatch.setattr(fleet, "wait", late)
+    llm.restart_workers()  # and the end of the one before is not theirs
+    assert waited
+    assert tokens(llm) == wanted
+    llm._front.engine.shutdown()
 
 
 def test_one_place_has_no_workers_to_restart(tiny: str) -> None:

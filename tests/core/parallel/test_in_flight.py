@@ -2,12 +2,22 @@
 
 import os
 import signal
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from modelport import LLM, SamplingParams
+from modelport.engine import engine as engine_module
 from modelport.engine.scheduler import Plan
+from modelport.parallel.channel import Channel, Frame
 from modelport.parallel.fleet import WorkerError
+from modelport.plugin import load_plugins
+from modelport.testing.reference import ModuleReference
 
 SETTINGS = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True}
 PROMPTS = [[3 + i, 7, 11 + i] * (1 + i % 4) for i in range(7)]
@@ -87,3 +97,84 @@ def test_a_worker_that_dies_with_steps_under_way_can_be_replaced(processes, tiny
         list(streams[0])
     llm.restart_workers()
     assert run(llm, GREEDY) == wanted
+
+
+LONGROPE = {
+    "max_position_embeddings": 128,
+    "original_max_position_embeddings": 20,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+    },
+}
+
+
+def pictures(llm: LLM) -> Iterator[dict[str, Any]]:
+    """Prompts with no picture, with one of six or with two, so that several have the same."""
+    here = llm._front.media.processor.placeholder_id("image")
+    source = np.random.default_rng(3)
+    noise = [source.integers(0, 256, (30 + 9 * i, 40, 3), dtype=np.uint8) for i in range(6)]
+    for i in range(12):
+        shown = ([noise[i % 6]], [noise[i % 6], noise[0]], [])[i % 4 % 3]
+        ids = [5 + i, *(token for _ in shown for token in (here, 7)), 8, 9 + i]
+        yield {"prompt_token_ids": ids, "multi_modal_data": {"image": shown}} if shown else {"prompt_token_ids": ids}
+
+
+def packed(monkeypatch: pytest.MonkeyPatch) -> dict[Channel, list[int]]:
+    """Bytes of tensors in each message from now on."""
+    found, send = defaultdict(list), Channel.send
+
+    def sends(channel: Channel, frame: Frame) -> None:
+        found[channel].append(len(frame.packed))
+        send(channel, frame)
+
+    monkeypatch.setattr(Channel, "send", sends)
+    return found
+
+
+@pytest.mark.parametrize("executor", ["inproc", pytest.param("mp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("LlavaForConditionalGeneration", {}),
+        ("MllamaForConditionalGeneration", {}),
+        ("BartForConditionalGeneration", {}),
+        ("Phi3ForCausalLM", LONGROPE),
+    ],
+)
+def test_models_with_media_an_encoder_or_angles_by_length_have_several_steps_under_way(
+    name: str, entries: dict, executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes
+) -> None:
+    monkeypatch.setattr(engine_module, "MEDIA_ROWS", 1)  # room for one request's media, so that some are forgotten
+    architecture = load_plugins().find([name])
+    ModuleReference(replace(architecture, tiny={**architecture.tiny, **entries})).save(tmp_path)
+    settings = {"dtype": "float32", "max_model_len": 96, "skip_tokenizer_init": True}
+    one = LLM(str(tmp_path), **settings)
+    if architecture.inputs is not None:
+        prompts = list(pictures(one))
+    else:
+        prompts = PROMPTS
+    limits = {"max_num_batched_tokens": 40, "max_num_seqs": 5, "num_kv_blocks": 30}
+    llm = LLM(str(tmp_path), **settings, **limits, pipeline_parallel_size=2, executor=executor)
+    under_way, plans = watch(llm)
+    sizes = packed(monkeypatch)
+    for _ in range(2):  # the second time from the cache, where there is one
+        found, wanted = (
+            [o.outputs[0].token_ids for o in each.generate(prompts, GREEDY, use_tqdm=False)] for each in (llm, one)
+        )
+        assert found == wanted
+    assert max(under_way) == 2
+    assert under_way.count(2) > len(under_way) / 2
+    if architecture.inputs is not None:
+        assert any(plan.encode for plan in plans)
+        assert any(plan.forget for plan in plans)
+    if executor == "mp":
+        takes = [any(sizes[member.channel]) for member in llm._front.engine.runner._fleet.members]
+        reads_media = name.startswith("Mllama")  # in its blocks
+        assert takes == [architecture.inputs is not None, reads_media]
+    engine = llm._front.engine
+    assert not engine._flying
+    assert not engine.scheduler._away
+    engine.shutdown()

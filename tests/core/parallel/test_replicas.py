@@ -29,7 +29,15 @@ def count(llm: LLM) -> list[list[object]]:
     return given
 
 
-@pytest.mark.parametrize("settings", [{}, {"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pipeline_parallel_size": 2},
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ],
+)
 def test_copies_give_what_one_gives(tiny: str, settings: dict) -> None:
     one = LLM(tiny, **SETTINGS)
     llm = LLM(tiny, **SETTINGS, **settings, data_parallel_size=2, executor="inproc")
