@@ -195,7 +195,7 @@ def _row(line: Mapping[str, str], entry: Entry | None) -> Row:
     result = entry.result if entry else None
     task = _TASKS.get(line["category"].rpartition(" ")[2])
     tasks = (task,) if task else entry.tasks if entry else ()
-    needed = ["media"] if line["modalities"] != "T" else []
+    needed = _media_checks(line["modalities"])
     needed += ["pooling"] if task != "generate" and task else []
     proven = result if result and result.level and all(result.checks.get(n) == PASSED for n in needed) else None
 
@@ -222,6 +222,14 @@ def _row(line: Mapping[str, str], entry: Entry | None) -> Row:
             f"{check}: {outcome}" for check, outcome in (result.checks.items() if result else ()) if outcome != PASSED
         ),
     )
+
+
+def _media_checks(modalities: str) -> list[str]:
+    """What a row that says this has to have passed."""
+    media = [part for part in modalities.split(" + ") if part != "T"]
+    found = ["media", "refused_items"] if media else []
+    found += ["embedded_items"] if any("^E" in part for part in media) else []
+    return found + (["several_items"] if any(part.endswith("+") for part in media) else [])
 
 
 def _result(entry: Mapping[str, Any]) -> Result:

@@ -196,6 +196,10 @@ class InputProcessor:
         """
         return MediaItem(modality, [self.placeholder_id(modality)] * len(embeds), embeds=embeds)
 
+    def beside_rows(self, item: MediaItem) -> dict[str, Any]:
+        """What a caller has to give as `extra` of `embedded` with the rows of `item`; the conformance kit asks."""
+        return {}
+
     # What a family may change
 
     def placeholder_text(self, modality: str, index: int) -> str:

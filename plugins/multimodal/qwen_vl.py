@@ -171,6 +171,9 @@ class Qwen2VLInputs(InputProcessor):
         tensors = {"second_per_grid_ts": torch.tensor(float(extra.get("second_per_grid_ts", 1.0)))}
         return self._item(modality, tuple(grid), tensors if self.timed and modality == "video" else {}, embeds)
 
+    def beside_rows(self, item: MediaItem) -> dict[str, Any]:
+        return {name: value for name, value in item.tensors.items() if not name.startswith("pixel_values")}
+
     def _item(self, modality: str, grid: tuple, tensors: dict[str, Tensor], embeds: Tensor | None = None) -> MediaItem:
         ids = [self.placeholder_id(modality)] * (grid[0] * grid[1] * grid[2] // self.unit)
         return MediaItem(modality, ids, {**tensors, f"{modality}_grid_thw": torch.tensor(grid)}, embeds=embeds)
