@@ -260,10 +260,13 @@ class Frontend:
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer; do not set skip_tokenizer_init")
+        messages, media = place_media(messages)
         if self.media is None:
+            if media:
+                raise ValueError(f"the messages hold {' and '.join(sorted(media))}, and this model takes text only")
             text = self.tokenizer.apply_chat_template(messages, **options)
             return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-        messages, media = place_media(messages)
+        self.media.check_kinds(media)
         text = render_with_media(self.media.processor, self.tokenizer, messages, media, options)
         ids = self.media.processor.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids, "multi_modal_data": media, "trusted": trusted}
