@@ -250,7 +250,7 @@ class Frontend:
             allowed_domains=settings.allowed_media_domains,
         )
         most = settings.limit_mm_per_prompt
-        return MediaReader(processor, limits, most, about.text.hidden_size, about.architecture.name)
+        return MediaReader(processor, limits, most, processor.row_width, about.architecture.name)
 
     def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any], trusted: bool = True) -> Prompt:
         """Token ids of a conversation, by the model's chat template (which writes its own special tokens).

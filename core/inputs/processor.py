@@ -150,6 +150,11 @@ class InputProcessor:
     def __init__(self, config: BaseModel, text: TextConfig, files: ProcessorFiles, tokenizer: Tokenizer | None):
         self.config, self.text, self.files, self.tokenizer = config, text, files, tokenizer
 
+    @property
+    def row_width(self) -> int:
+        """Width of the rows that `embedded` takes; of a model whose rows are more than embeddings another one."""
+        return self.text.hidden_size
+
     # What a family says
 
     def placeholder(self, modality: str) -> str:

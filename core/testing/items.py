@@ -172,7 +172,7 @@ def _wrong(llm: LLM) -> dict[str, dict[str, Any]]:
         add("no bytes", b"")
         add("a file that is not there", "/nowhere/at/all")
         add("another type", [object()])
-        width = llm._front.config.hidden_size
+        width = reader.width
         add("rows of another width", torch.ones(4, width + 1))
         add("rows that are no numbers", torch.full((4, width), torch.nan))
         add("no rows", torch.ones(0, width))
