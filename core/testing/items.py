@@ -127,7 +127,7 @@ def kept_items(subject: Subject) -> Measured:
 
 @conformance_check()
 def refused_items(subject: Subject) -> Measured:
-    """Media that are wrong, too many or misplaced are refused within a second, tiny ones may run; others go on."""
+    """Media that are wrong, too many or misplaced, or that fail in the model, end their request alone, in a second."""
     _inputs(subject)
     llm = subject.llm()
     before = _alone(llm, TEXT)
@@ -149,8 +149,22 @@ def refused_items(subject: Subject) -> Measured:
         slowest = max(slowest, time.perf_counter() - started)
         if slowest > SECOND:
             raise Failure(f"{name}: it took {slowest:.1f} s to refuse it", slowest, SECOND)
-    farthest([before], llm.generate([TEXT], GREEDY, use_tqdm=False))
+    model = llm._front.engine.model
+    model.embed_media = _fails
+    try:
+        for modality, here in _places(llm).items():
+            seen = _prompt([5, here, 7], {modality: noise(llm._front.media.processor)[modality][0]})
+            lost, other = llm.generate([seen, TEXT], GREEDY, use_tqdm=False)
+            if lost.outputs[0].finish_reason != "error":
+                raise Failure(f"{modality}: `embed_media` failed, and the request ended as if it had not")
+            farthest([before], [other])
+    finally:
+        del model.embed_media
     return Measured(slowest, SECOND, f"seconds for the slowest of {len(wrong)}")
+
+
+def _fails(modality: str, items: list[Any]) -> list[Tensor]:
+    raise RuntimeError("no rows are made, on purpose")
 
 
 def _wrong(llm: LLM) -> dict[str, dict[str, Any]]:

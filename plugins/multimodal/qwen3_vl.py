@@ -266,18 +266,19 @@ class Qwen3VL(Qwen2VL):
 
     def __init__(self, cfg: Qwen3VLConfig, language: nn.Module):
         super().__init__(cfg, language)
-        layers = language.model.layers
-        for number in range(len(cfg.vision_config.deepstack_visual_indexes)):
+        layers, self.num_parts = language.model.layers, 1 + len(cfg.vision_config.deepstack_visual_indexes)
+        for number in range(self.num_parts - 1):
             layers[number] = DeepBlock(layers[number])
 
     def merge_media(self, state: Tensor, media: Media | None) -> Tensor | tuple[Tensor, ...]:
         """Embeddings with rows in their places, and, where there are any, what the first blocks add."""
         if media is None:
             return state
-        first, *added = media.states.to(state.dtype).split(state.shape[1], dim=1)
+        states = media.states.expand(-1, self.num_parts * self.hidden_size).to(state.dtype)
+        first, *added = states.split(self.hidden_size, dim=1)
         state = state.index_copy(0, media.rows, first)
         spread = [torch.zeros_like(state).index_copy_(0, media.rows, part) for part in added]
-        return (state, *spread) if spread else state
+        return (state, *spread)
 
 
 def made(entries: dict[str, Any]) -> nn.Module:
