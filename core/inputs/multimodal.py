@@ -48,17 +48,21 @@ class MediaReader:
         self._kept: OrderedDict[bytes, MediaItem] = OrderedDict()
         self._bytes, self._lock = 0, threading.Lock()
 
-    def read(self, data: Mapping[str, Any], trusted: bool = True) -> dict[str, list[MediaItem]]:
+    def read(
+        self, data: Mapping[str, Any], trusted: bool = True, room: int | None = None
+    ) -> dict[str, list[MediaItem]]:
         """The items of a prompt, by modality.
 
         :param data: `multi_modal_data`: for each modality one item or a list.
         :param trusted: whether paths of local files may be followed.
+        :param room: tokens that they have to have room in; no more are prepared than that.
         :raises ValueError: a modality that the model does not take, too many items, or one that cannot be used.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"multi_modal_data must be a dictionary such as {{'image': ...}}, not {data!r:.80}")
         self.check_kinds(data)
-        found = {}
+        found: dict[str, list[MediaItem]] = {}
+        tokens = 0
         for modality, given in data.items():
             if given is None:
                 continue
@@ -68,7 +72,15 @@ class MediaReader:
                     f"the prompt has {len(several)} items of {modality!r}; at most {self.most[modality]} are taken"
                     + ("; raise limit_mm_per_prompt" if self.processor.modalities[modality] is None else "")
                 )
-            found[modality] = [self._item(modality, one, i, trusted) for i, one in enumerate(several)]
+            found[modality] = []
+            for index, one in enumerate(several):
+                found[modality].append(self._item(modality, one, index, trusted))
+                tokens += len(found[modality][-1].token_ids)
+                if room is not None and tokens > room:
+                    raise ValueError(
+                        f"the prompt's media up to {modality} {index} of {len(several)} have {tokens} tokens, more than "
+                        f"max_model_len={room}; send fewer or smaller ones, or raise max_model_len"
+                    )
         return found
 
     def check_kinds(self, data: Mapping[str, Any]) -> None:

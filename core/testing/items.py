@@ -7,6 +7,7 @@ check of media holds against the reference; that rows come from where they shoul
 
 from __future__ import annotations
 
+import logging
 import struct
 import time
 import zlib
@@ -149,8 +150,9 @@ def refused_items(subject: Subject) -> Measured:
         slowest = max(slowest, time.perf_counter() - started)
         if slowest > SECOND:
             raise Failure(f"{name}: it took {slowest:.1f} s to refuse it", slowest, SECOND)
-    model = llm._front.engine.model
+    model, log = llm._front.engine.model, logging.getLogger("modelport.engine.runner")
     model.embed_media = _fails
+    log.disabled = True  # it would tell of what is done on purpose
     try:
         for modality, here in _places(llm).items():
             seen = _prompt([5, here, 7], {modality: noise(llm._front.media.processor)[modality][0]})
@@ -160,6 +162,7 @@ def refused_items(subject: Subject) -> Measured:
             farthest([before], [other])
     finally:
         del model.embed_media
+        log.disabled = False
     return Measured(slowest, SECOND, f"seconds for the slowest of {len(wrong)}")
 
 
