@@ -78,8 +78,8 @@ class MediaReader:
                 tokens += len(found[modality][-1].token_ids)
                 if room is not None and tokens > room:
                     raise ValueError(
-                        f"the prompt's media up to {modality} {index} of {len(several)} have {tokens} tokens, more than "
-                        f"max_model_len={room}; send fewer or smaller ones, or raise max_model_len"
+                        f"the prompt's media up to {modality} {index} of {len(several)} have {tokens} tokens, more "
+                        f"than max_model_len={room}; send fewer or smaller ones, or raise max_model_len"
                     )
         return found
 
