@@ -42,6 +42,7 @@ class Result:
     :ivar maintainers: who answers for it, as it says itself.
     :ivar version: version of modelport that it was checked with.
     :ivar date: day of the check, `YYYY-MM-DD`.
+    :ivar modalities: what its input processor says that it takes, as in `Row`.
     """
 
     level: str | None
@@ -51,6 +52,7 @@ class Result:
     maintainers: tuple[str, ...]
     version: str
     date: str
+    modalities: str = "T"
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,16 @@ def rows(provided: Mapping[str, Entry]) -> list[Row]:
     further = []
     for name in sorted(set(provided) - names):
         category = _CATEGORIES.get(provided[name].tasks[0], "other") if provided[name].tasks else "other"
-        line = {"category": category, "architecture": name, "models": "", "modalities": "T", "example_checkpoints": ""}
+        result = provided[name].result
+        takes = result.modalities if result else "T"
+        category = category if takes == "T" else category.replace("text", "multimodal")
+        line = {
+            "category": category,
+            "architecture": name,
+            "models": "",
+            "modalities": takes,
+            "example_checkpoints": "",
+        }
         further.append(_row(line, provided[name]))
     return listed + further
 

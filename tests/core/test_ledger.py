@@ -88,6 +88,16 @@ def test_rows_of_one_architecture_are_verified_one_by_one() -> None:
     assert [r.level for r in ledger.rows({"Phi3VForCausalLM": embedding}) if r.plugin] == ["L1", "unverified"]
 
 
+def test_a_row_that_nobody_listed_says_what_its_processor_takes() -> None:
+    seen = {"media": "passed", "refused_items": "passed", "embedded_items": "passed"}
+    made = replace(result(**seen), modalities="T + I^E")
+    (row,) = (r for r in ledger.rows({"SeeingForCausalLM": ledger.Entry("x", result=made)}) if r.plugin)
+    assert (row.category, row.modalities, row.level) == ("multimodal generation", "T + I^E", "L1")
+    made = replace(made, modalities="T + I^E+")  # of several items nothing was measured
+    (row,) = (r for r in ledger.rows({"SeeingForCausalLM": ledger.Entry("x", result=made)}) if r.plugin)
+    assert row.level == "unverified"
+
+
 def test_results_count_for_the_source_they_were_taken_from(vendor: PluginRecord, tmp_path: Path) -> None:
     assert ledger.entries([vendor]) is None  # only loading could tell
     path = ledger.write(vendor, {"XForCausalLM": result()})
