@@ -274,8 +274,8 @@ class Qwen3VL(Qwen2VL):
         """Embeddings with rows in their places, and, where there are any, what the first blocks add."""
         if media is None:
             return state
-        states = media.states.expand(-1, self.num_parts * self.hidden_size).to(state.dtype)
-        first, *added = states.split(self.hidden_size, dim=1)
+        width = state.shape[1]
+        first, *added = media.states.expand(-1, self.num_parts * width).to(state.dtype).split(width, dim=1)
         state = state.index_copy(0, media.rows, first)
         spread = [torch.zeros_like(state).index_copy_(0, media.rows, part) for part in added]
         return (state, *spread)

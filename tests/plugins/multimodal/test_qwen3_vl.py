@@ -130,3 +130,4 @@ def test_what_the_inner_layers_say_is_added(monkeypatch):
     monkeypatch.setattr(DeepBlock, "forward", without)
     report = check(NAME, only="media")
     assert report["media"].status == report["tied:media"].status == "failed"
+    assert "whose logit is larger" in report["media"].detail + report["tied:media"].detail
