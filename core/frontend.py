@@ -250,7 +250,7 @@ class Frontend:
             allowed_domains=settings.allowed_media_domains,
         )
         most = settings.limit_mm_per_prompt
-        return MediaReader(processor, limits, most, about.text.hidden_size, about.architecture.name)
+        return MediaReader(processor, limits, most, processor.row_width, about.architecture.name)
 
     def chat_prompt(self, messages: Sequence[Message], options: Mapping[str, Any], trusted: bool = True) -> Prompt:
         """Token ids of a conversation, by the model's chat template (which writes its own special tokens).
@@ -260,10 +260,13 @@ class Frontend:
         """
         if self.tokenizer is None:
             raise ValueError("chat needs a tokenizer; do not set skip_tokenizer_init")
+        messages, media = place_media(messages)
         if self.media is None:
+            if media:
+                raise ValueError(f"the messages hold {' and '.join(sorted(media))}, and this model takes text only")
             text = self.tokenizer.apply_chat_template(messages, **options)
             return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-        messages, media = place_media(messages)
+        self.media.check_kinds(media)
         text = render_with_media(self.media.processor, self.tokenizer, messages, media, options)
         ids = self.media.processor.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids, "multi_modal_data": media, "trusted": trusted}

@@ -42,6 +42,7 @@ class Result:
     :ivar maintainers: who answers for it, as it says itself.
     :ivar version: version of modelport that it was checked with.
     :ivar date: day of the check, `YYYY-MM-DD`.
+    :ivar modalities: what its input processor says that it takes, as in `Row`.
     """
 
     level: str | None
@@ -51,6 +52,7 @@ class Result:
     maintainers: tuple[str, ...]
     version: str
     date: str
+    modalities: str = "T"
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,16 @@ def rows(provided: Mapping[str, Entry]) -> list[Row]:
     further = []
     for name in sorted(set(provided) - names):
         category = _CATEGORIES.get(provided[name].tasks[0], "other") if provided[name].tasks else "other"
-        line = {"category": category, "architecture": name, "models": "", "modalities": "T", "example_checkpoints": ""}
+        result = provided[name].result
+        takes = result.modalities if result else "T"
+        category = category if takes == "T" else category.replace("text", "multimodal")
+        line = {
+            "category": category,
+            "architecture": name,
+            "models": "",
+            "modalities": takes,
+            "example_checkpoints": "",
+        }
         further.append(_row(line, provided[name]))
     return listed + further
 
@@ -195,7 +206,7 @@ def _row(line: Mapping[str, str], entry: Entry | None) -> Row:
     result = entry.result if entry else None
     task = _TASKS.get(line["category"].rpartition(" ")[2])
     tasks = (task,) if task else entry.tasks if entry else ()
-    needed = ["media"] if line["modalities"] != "T" else []
+    needed = _media_checks(line["modalities"])
     needed += ["pooling"] if task != "generate" and task else []
     proven = result if result and result.level and all(result.checks.get(n) == PASSED for n in needed) else None
 
@@ -222,6 +233,14 @@ def _row(line: Mapping[str, str], entry: Entry | None) -> Row:
             f"{check}: {outcome}" for check, outcome in (result.checks.items() if result else ()) if outcome != PASSED
         ),
     )
+
+
+def _media_checks(modalities: str) -> list[str]:
+    """What a row that says this has to have passed."""
+    media = [part for part in modalities.split(" + ") if part != "T"]
+    found = ["media", "refused_items"] if media else []
+    found += ["embedded_items"] if any("^E" in part for part in media) else []
+    return found + (["several_items"] if any(part.endswith("+") for part in media) else [])
 
 
 def _result(entry: Mapping[str, Any]) -> Result:

@@ -8,6 +8,7 @@ command gives the same text.
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 from modelport.cli.flags import (
     add_adapter_flag,
@@ -17,6 +18,9 @@ from modelport.cli.flags import (
     engine_settings,
     sampling_params,
 )
+
+if TYPE_CHECKING:
+    from modelport import LLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=[],
             metavar="FILE",
             help=f"{'an' if modality != 'video' else 'a'} {modality} that the message is about, a file or an address; "
-            "may be repeated; implies --chat",
+            "may be repeated; implies --chat where the model has a chat template",
         )
     parser.add_argument("--no-stream", dest="stream", action="store_false", help="print the text when it is complete")
     parser.add_argument("-q", "--quiet", action="store_true", help="no timings on stderr")
@@ -53,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     content = [*media, {"type": "text", "text": prompt}] if media else prompt
     messages.append({"role": "user", "content": content})
     as_chat = args.chat or args.system is not None or bool(media)
+    if media and not (args.chat or args.system or _has_template(llm)):
+        prompt, as_chat = _with_media(llm, prompt, media), False
     first = None
     if args.stream:
         shown = 0
@@ -71,6 +77,22 @@ def run(args: argparse.Namespace) -> int:
         tokens = len(output.outputs[0].token_ids)
         print(_timings(tokens, loaded - started, loaded, first, time.perf_counter()), file=sys.stderr)
     return 0
+
+
+def _has_template(llm: "LLM") -> bool:
+    """Whether a message can be given; a model that takes no media is told that media are none of its matter."""
+    return llm._front.media is None or llm.tokenizer is None or bool(llm.tokenizer.chat_templates)
+
+
+def _with_media(llm: "LLM", prompt: str, media: list[dict[str, str]]) -> dict[str, Any]:
+    """A prompt for a base model, its media in front unless it has places for them."""
+    from modelport.inputs.multimodal import with_places
+
+    given: dict[str, list[str]] = {}
+    for part in media:
+        given.setdefault(part["type"], []).append(part[part["type"]])
+    llm._front.media.check_kinds(given)
+    return {"prompt": with_places(llm._front.media.processor, prompt, given), "multi_modal_data": given}
 
 
 def _read_prompt(given: str | None) -> str:

@@ -48,32 +48,50 @@ class MediaReader:
         self._kept: OrderedDict[bytes, MediaItem] = OrderedDict()
         self._bytes, self._lock = 0, threading.Lock()
 
-    def read(self, data: Mapping[str, Any], trusted: bool = True) -> dict[str, list[MediaItem]]:
+    def read(
+        self, data: Mapping[str, Any], trusted: bool = True, room: int | None = None
+    ) -> dict[str, list[MediaItem]]:
         """The items of a prompt, by modality.
 
         :param data: `multi_modal_data`: for each modality one item or a list.
         :param trusted: whether paths of local files may be followed.
+        :param room: tokens that they have to have room in; no more are prepared than that.
         :raises ValueError: a modality that the model does not take, too many items, or one that cannot be used.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"multi_modal_data must be a dictionary such as {{'image': ...}}, not {data!r:.80}")
-        found = {}
+        self.check_kinds(data)
+        found: dict[str, list[MediaItem]] = {}
+        tokens = 0
         for modality, given in data.items():
-            if modality not in self.processor.modalities:
-                takes = ", ".join(map(repr, self.processor.modalities))
-                raise ValueError(f"multi_modal_data has {modality!r}; this model takes {takes}")
             if given is None:
                 continue
-            several = _several(modality, given)
+            several = _several(modality, given, self.width)
             if len(several) > self.most[modality]:
                 raise ValueError(
                     f"the prompt has {len(several)} items of {modality!r}; at most {self.most[modality]} are taken"
                     + ("; raise limit_mm_per_prompt" if self.processor.modalities[modality] is None else "")
                 )
-            found[modality] = [self._item(modality, one, i, trusted) for i, one in enumerate(several)]
+            found[modality] = []
+            for index, one in enumerate(several):
+                found[modality].append(self._item(modality, one, index, trusted))
+                tokens += len(found[modality][-1].token_ids)
+                if room is not None and tokens > room:
+                    raise ValueError(
+                        f"the prompt's media up to {modality} {index} of {len(several)} have {tokens} tokens, more "
+                        f"than max_model_len={room}; send fewer or smaller ones, or raise max_model_len"
+                    )
         return found
 
+    def check_kinds(self, data: Mapping[str, Any]) -> None:
+        """:raises ValueError: a modality that the model does not take."""
+        for modality in data:
+            if modality not in self.processor.modalities:
+                takes = ", ".join(map(repr, self.processor.modalities))
+                raise ValueError(f"multi_modal_data has {modality!r}; this model takes {takes}")
+
     def _item(self, modality: str, given: Any, index: int, trusted: bool) -> MediaItem:
+        name = f"{modality} {index}"
         try:
             embeds, extra = _embeds(modality, given)
             if embeds is not None:
@@ -83,7 +101,7 @@ class MediaReader:
                 item = self.processor.embedded(modality, rows, extra)
                 return replace(item, digest=self._digest(modality, content_hash(rows), *map(repr, extra.items())))
             read = getattr(self, f"_{modality}")
-            media = read(given, trusted)
+            media = read(given, trusted, name)
             digest = self._digest(modality, content_hash(media))
             with self._lock:
                 if digest in self._kept:
@@ -93,18 +111,18 @@ class MediaReader:
             self._keep(item)
             return item
         except MediaError as error:
-            raise MediaError(f"{modality} {index}: {error}") from None
+            raise MediaError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{modality} {index}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
 
-    def _image(self, given: Any, trusted: bool):
-        return read_image(given, self.limits, trusted=trusted)
+    def _image(self, given: Any, trusted: bool, name: str):
+        return read_image(given, self.limits, trusted=trusted, name=name)
 
-    def _video(self, given: Any, trusted: bool):
-        return read_video(given, self.limits, self.processor.pick_frames, trusted=trusted)
+    def _video(self, given: Any, trusted: bool, name: str):
+        return read_video(given, self.limits, self.processor.pick_frames, trusted=trusted, name=name)
 
-    def _audio(self, given: Any, trusted: bool):
-        return read_audio(given, self.limits, self.processor.audio_rate, trusted=trusted)
+    def _audio(self, given: Any, trusted: bool, name: str):
+        return read_audio(given, self.limits, self.processor.audio_rate, trusted=trusted, name=name)
 
     def _digest(self, modality: str, content: bytes, *more: str) -> bytes:
         return blake2b(b"\0".join([self._salt, modality.encode(), content, *(m.encode() for m in more)])).digest()[:32]
@@ -119,6 +137,12 @@ class MediaReader:
                 self._bytes += size
             while self._bytes > KEPT_BYTES:
                 self._bytes -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def with_places(processor: InputProcessor, text: str, data: Mapping[str, Sequence[Any]]) -> str:
+    """A text with a placeholder in front for each item, unless it has some of its own."""
+    places = [processor.placeholder_text(m, index) for m, several in data.items() for index in range(len(several))]
+    return text if any(place in text for place in places) else "".join(places) + text
 
 
 def marks(expanded: Expanded) -> tuple[tuple[int, int, bytes], ...]:
@@ -222,10 +246,11 @@ def _part(part: Any, media: dict[str, list[Any]]) -> Any:
     return {"type": modality}
 
 
-def _several(modality: str, given: Any) -> list[Any]:
+def _several(modality: str, given: Any, width: int) -> list[Any]:
     """One item or a list of them, as a list."""
     if isinstance(given, torch.Tensor) and given.dim() == 3 and given.is_floating_point():
-        return list(given)  # embeddings (items, rows, width)
+        is_picture = modality == "image" and given.shape[-1] != width and {given.shape[0], given.shape[-1]} & {1, 3, 4}
+        return [given] if is_picture else list(given)  # embeddings (items, rows, width)
     if isinstance(given, list):
         frames = modality == "video" and given and not isinstance(given[0], list | str | bytes | Mapping | tuple)
         return [given] if frames and _is_picture(given[0]) else given

@@ -150,6 +150,11 @@ class InputProcessor:
     def __init__(self, config: BaseModel, text: TextConfig, files: ProcessorFiles, tokenizer: Tokenizer | None):
         self.config, self.text, self.files, self.tokenizer = config, text, files, tokenizer
 
+    @property
+    def row_width(self) -> int:
+        """Width of the rows that `embedded` takes; of a model whose rows are more than embeddings another one."""
+        return self.text.hidden_size
+
     # What a family says
 
     def placeholder(self, modality: str) -> str:
@@ -195,6 +200,10 @@ class InputProcessor:
         :param extra: what else the caller gave with them, such as `image_grid_thw`.
         """
         return MediaItem(modality, [self.placeholder_id(modality)] * len(embeds), embeds=embeds)
+
+    def beside_rows(self, item: MediaItem) -> dict[str, Any]:
+        """What a caller has to give as `extra` of `embedded` with the rows of `item`; the conformance kit asks."""
+        return {}
 
     # What a family may change
 

@@ -58,7 +58,7 @@ class PromptReader:
             prompt = dict(prompt)
             data, trusted = prompt.pop("multi_modal_data", None) or {}, prompt.pop("trusted", True)
         text, ids = self._tokens(prompt)
-        expanded = self.media.processor.expand(ids, self.media.read(data, trusted))
+        expanded = self.media.processor.expand(ids, self.media.read(data, trusted, self.max_model_len))
         self._check_length(expanded.token_ids)
         return text, expanded
 

@@ -150,9 +150,9 @@ class Qwen2_5VisionConfig(BaseModel):
 class Patches3D(nn.Module):
     """Patches of several frames; `proj` as the checkpoint names it."""
 
-    def __init__(self, channels: int, size: int, patch: tuple[int, int, int]):
+    def __init__(self, channels: int, size: int, patch: tuple[int, int, int], bias: bool = False):
         super().__init__()
-        self.proj = PatchEmbedding(channels, size, patch)
+        self.proj = PatchEmbedding(channels, size, patch, bias)
 
 
 class PatchMerger(nn.Module):

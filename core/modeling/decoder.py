@@ -29,7 +29,8 @@ class Model(Protocol):
     (`MediaItem.tensors`, on the model's device) -> for each a tensor (rows, hidden_size), which takes the place of its
     tokens' embeddings; `media_modules`, the modules that only `embed_media` uses; `num_axes`, when rotary positions
     have several; and, where rows are more than embeddings, `merge_media(state, media)`: the embedded tokens and
-    `Batch.media` (or None) -> the state of the first block.
+    `Batch.media` (or None) -> the state of the first block. Rows that could not be made are NaN, and one wide when the
+    step has no others: `expand` them.
 
     A model that takes adapters has `adapters` (`modeling.adapters`), which a plugin gives it.
     """
@@ -62,8 +63,9 @@ def embed(model: Model, token_ids: Tensor, batch: Batch) -> State:
     merge = getattr(model, "merge_media", None)
     if merge is not None:
         return merge(state, batch.media)
-    if batch.media is not None:
-        state = state.index_copy(0, batch.media.rows, batch.media.states.to(state.dtype))
+    if batch.media is not None:  # rows that could not be made are NaN, and may be one wide
+        states = batch.media.states.expand(-1, state.shape[1]).to(state.dtype)
+        state = state.index_copy(0, batch.media.rows, states)
     return state
 
 

@@ -51,4 +51,14 @@ def summary(architecture: Architecture, reports: Sequence[Report]) -> ledger.Res
         maintainers=architecture.maintainers,
         version=reports[0].versions["modelport"],
         date=max(report.date for report in reports),
+        modalities=modalities(architecture),
     )
+
+
+def modalities(architecture: Architecture) -> str:
+    """What a row of the ledger says of it: `T + I^E+`."""
+    inputs, found = architecture.inputs, "T"
+    for modality, most in inputs.modalities.items() if inputs is not None else ():
+        embeds = "^E" if modality in inputs.embeddable else ""
+        found += f" + {modality[0].upper()}{embeds}{'+' if most is None or most > 1 else ''}"
+    return found

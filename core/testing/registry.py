@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from modelport.testing.subject import Subject
 
-THEMES = ("parity", "weights", "invariants", "faults", "configuration", "places", "adapters")
+THEMES = ("parity", "weights", "invariants", "faults", "configuration", "places", "items", "adapters")
 """The modules that hold checks, in the order in which they run."""
 
 

@@ -99,6 +99,9 @@ class FuyuInputs(InputProcessor):
         ids = [*([self.config.image_token_id] * columns + [self.newline]) * lines, self.bos]
         return MediaItem("image", ids, is_row=[*([True] * columns + [False]) * lines, False], embeds=embeds)
 
+    def beside_rows(self, item: MediaItem) -> dict[str, Any]:
+        return {"image_columns": list(item.is_row).index(False)}
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """The placeholder apart from the text, which a tokenizer would begin otherwise behind it."""
         before, found, after = text.partition(PLACEHOLDER)

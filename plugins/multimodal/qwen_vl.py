@@ -106,7 +106,7 @@ class Pixels:
         scale = settings.rescale_factor if settings.do_rescale else None
         mean, std = (settings.image_mean, settings.image_std) if settings.do_normalize else (None, None)
         values = [normalize(np.asarray(frame), scale, mean, std) for frame in frames]
-        values += [values[-1]] * (-len(values) % self.depth)
+        values += [values[-1]] * (-len(values) % self.depth)  # a picture is a film of one frame
         rows, columns = size[0] // unit, size[1] // unit
         cut = np.stack(values).reshape(
             -1, self.depth, 3, rows // merge, merge, unit, columns // merge, merge, unit
@@ -141,7 +141,7 @@ class Qwen2VLInputs(InputProcessor):
         return self.config.image_token_id if modality == "image" else self.config.video_token_id
 
     def image(self, image) -> MediaItem:
-        patches, grid = self.images.patches([to_rgb(image, background=(255, 255, 255))] * self.images.depth)
+        patches, grid = self.images.patches([to_rgb(image, background=(255, 255, 255))])
         return self._item("image", grid, {"pixel_values": patches})
 
     def pick_frames(self, total: int, fps: float | None) -> Sequence[int]:
@@ -170,6 +170,9 @@ class Qwen2VLInputs(InputProcessor):
             )
         tensors = {"second_per_grid_ts": torch.tensor(float(extra.get("second_per_grid_ts", 1.0)))}
         return self._item(modality, tuple(grid), tensors if self.timed and modality == "video" else {}, embeds)
+
+    def beside_rows(self, item: MediaItem) -> dict[str, Any]:
+        return {name: value for name, value in item.tensors.items() if not name.startswith("pixel_values")}
 
     def _item(self, modality: str, grid: tuple, tensors: dict[str, Tensor], embeds: Tensor | None = None) -> MediaItem:
         ids = [self.placeholder_id(modality)] * (grid[0] * grid[1] * grid[2] // self.unit)

@@ -74,10 +74,28 @@ def test_rows_of_one_architecture_are_verified_one_by_one() -> None:
     text = ledger.Entry("glm", result=result())
     levels = [r.level for r in ledger.rows({"ChatGLMModel": text}) if r.plugin]
     assert levels == ["L1", "unverified"]
-    both = ledger.Entry("glm", result=result(media="passed"))
+    unsure = ledger.Entry("glm", result=result(media="passed"))
+    assert [r.level for r in ledger.rows({"ChatGLMModel": unsure}) if r.plugin] == ["L1", "unverified"]
+    seen = {"media": "passed", "refused_items": "passed"}
+    both = ledger.Entry("glm", result=result(**seen))
     assert [r.level for r in ledger.rows({"ChatGLMModel": both}) if r.plugin] == ["L1", "L1"]
-    embedding = ledger.Entry("phi3v", result=result(media="passed"))
+    every = {**seen, "several_items": "passed", "embedded_items": "passed"}
+    for missing in every:
+        part = ledger.Entry("phi3v", result=result(**{name: "passed" for name in every if name != missing}))
+        (row, _) = (r for r in ledger.rows({"Phi3VForCausalLM": part}) if r.plugin)
+        assert (row.modalities, row.level) == ("T + I^E+", "unverified")
+    embedding = ledger.Entry("phi3v", result=result(**every))
     assert [r.level for r in ledger.rows({"Phi3VForCausalLM": embedding}) if r.plugin] == ["L1", "unverified"]
+
+
+def test_a_row_that_nobody_listed_says_what_its_processor_takes() -> None:
+    seen = {"media": "passed", "refused_items": "passed", "embedded_items": "passed"}
+    made = replace(result(**seen), modalities="T + I^E")
+    (row,) = (r for r in ledger.rows({"SeeingForCausalLM": ledger.Entry("x", result=made)}) if r.plugin)
+    assert (row.category, row.modalities, row.level) == ("multimodal generation", "T + I^E", "L1")
+    made = replace(made, modalities="T + I^E+")  # of several items nothing was measured
+    (row,) = (r for r in ledger.rows({"SeeingForCausalLM": ledger.Entry("x", result=made)}) if r.plugin)
+    assert row.level == "unverified"
 
 
 def test_results_count_for_the_source_they_were_taken_from(vendor: PluginRecord, tmp_path: Path) -> None:

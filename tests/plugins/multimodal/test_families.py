@@ -20,3 +20,4 @@ test_pixtral_merge_recorded = conformance_tests(golden=GOLDENS / "pixtral-native
 test_pixtral_recorded = conformance_tests(golden=GOLDENS / "pixtral-native")
 test_qwen2_5_vl = conformance_tests("Qwen2_5_VLForConditionalGeneration")
 test_qwen2_vl = conformance_tests("Qwen2VLForConditionalGeneration")
+test_qwen3_vl = conformance_tests("Qwen3VLForConditionalGeneration")
