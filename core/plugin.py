@@ -205,8 +205,11 @@ class Plugins:
         return Manifest(loaded, tuple(r.name for r in self.records if r.status == "blocked"), API_VERSION)
 
     def _unknown(self, names: list[str]) -> str:
-        known = {name.lower(): name for name in (*self.architectures, *self.conflicts)}
-        near = [known[m] for name in names for m in difflib.get_close_matches(name.lower(), known, cutoff=0.75)]
+        known: dict[str, list[str]] = {}  # names may differ in nothing but the case of letters
+        for name in (*self.architectures, *self.conflicts):
+            known.setdefault(name.lower(), []).append(name)
+        close = (m for name in names for m in difflib.get_close_matches(name.lower(), known, cutoff=0.75))
+        near = [name for m in close for name in known[m]]
         if not names:
             return 'config.json names no architecture; add "architectures": ["..."] to it'
         moved = ledger.moved()
