@@ -19,14 +19,14 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
 
 
 def test_a_table_for_each_and_a_sum(capsys) -> None:
-    status, out, _ = run("LlamaForCausalLM gpt2 --only logits --only lora", capsys)
+    status, out, _ = run("LlamaForCausalLM gpt2 --only logits --only pooling", capsys)
     assert status == 0
-    first, titles, logits, lora, summary, *_ = out.splitlines()
+    first, titles, logits, pooling, summary, *_ = out.splitlines()
     assert first.startswith("LlamaForCausalLM: plugin llama (modelport ")
     assert titles.split() == ["CHECK", "RESULT", "SECONDS", "WORST", "LIMIT"]
     assert logits.split()[:2] == ["logits", "passed"]
     assert logits.split()[4] == "1.0e-04"
-    assert "not built yet: adapters" in lora
+    assert "not built yet: pooling" in pooling
     assert summary.startswith("1 passed, 1 not built yet in")
     assert out.splitlines()[-1] == "2 of 2 passed"
 
@@ -39,7 +39,7 @@ def test_json_is_a_list_of_reports(capsys) -> None:
 
 
 def test_only_a_pass_is_a_success(capsys, tmp_path: Path) -> None:
-    assert run("LlamaForCausalLM --only lora", capsys)[0] == 1  # nothing passed: nothing is proved
+    assert run("LlamaForCausalLM --only pooling", capsys)[0] == 1  # nothing passed: nothing is proved
     for file in (GOLDENS / "xverse-7b").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())

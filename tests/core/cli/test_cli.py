@@ -28,19 +28,22 @@ class FakeLLM:
     def __init__(self, **settings: object):
         type(self).calls = [("settings", settings)]
 
-    def stream(self, prompt: object, params: SamplingParams, kind: str = "stream") -> Iterator:
-        self.calls.append((kind, prompt, params))
+    def stream(self, prompt: object, params: SamplingParams, *, lora_request: str | None) -> Iterator:
+        return self._stream("stream", prompt, params, lora_request)
+
+    def _stream(self, kind: str, prompt: object, params: SamplingParams, adapter: str | None) -> Iterator:
+        self.calls.append((kind, prompt, params) if adapter is None else (kind, prompt, params, adapter))
         for end in range(1, len(self.pieces) + 1):
             yield self._output("".join(self.pieces[:end]), end)
 
-    def stream_chat(self, messages: list, params: SamplingParams) -> Iterator:
-        return self.stream(list(messages), params, "stream_chat")
+    def stream_chat(self, messages: list, params: SamplingParams, *, lora_request: str | None) -> Iterator:
+        return self._stream("stream_chat", list(messages), params, lora_request)
 
-    def generate(self, prompt: object, params: SamplingParams, *, use_tqdm: bool) -> list:
-        return list(self.stream(prompt, params, "generate"))[-1:]
+    def generate(self, prompt: object, params: SamplingParams, *, use_tqdm: bool, lora_request: str | None) -> list:
+        return list(self._stream("generate", prompt, params, lora_request))[-1:]
 
-    def chat(self, messages: list, params: SamplingParams, *, use_tqdm: bool) -> list:
-        return list(self.stream(messages, params, "chat"))[-1:]
+    def chat(self, messages: list, params: SamplingParams, *, use_tqdm: bool, lora_request: str | None) -> list:
+        return list(self._stream("chat", messages, params, lora_request))[-1:]
 
     def _output(self, text: str, tokens: int) -> object:
         return types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text, token_ids=list(range(tokens)))])
@@ -135,6 +138,20 @@ def test_every_flag_reaches_the_engine_or_the_sampler(llm, capsys: pytest.Captur
     assert (kind, params) == ("generate", wanted)
 
 
+@pytest.mark.parametrize("command", ["generate Hi -q", "generate Hi -q --no-stream", "generate Hi -q --chat"])
+def test_adapters_are_named_and_chosen(llm, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "--lora", "a=x/y", "--lora", "b=z=1", "--lora-name", "b"]) == 0
+    assert llm.calls[0][1] == {"lora_modules": {"a": "x/y", "b": "z=1"}, "model": flags.DEFAULT_MODEL}
+    assert llm.calls[-1][-1] == "b"
+    for wrong, message in (
+        (["--lora", "a"], "'a' should read NAME=PATH"),
+        (["--lora", "a=x", "--lora", "a=y"], "'a' twice"),
+        (["--lora", "a=x", "--lora", "b=y"], "choose one with --lora-name"),
+    ):
+        assert cli.main([*command.split(), *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_every_engine_setting_has_a_flag_with_a_description() -> None:
     from modelport.config import EngineConfig
 
@@ -198,10 +215,10 @@ def test_chat_knows_its_commands(llm, monkeypatch, capsys: pytest.CaptureFixture
 
 
 def test_chat_survives_a_refused_message(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse(self, messages: list, params: SamplingParams) -> Iterator:
+    def refuse(self, messages: list, params: SamplingParams, *, lora_request: str | None) -> Iterator:
         if messages[-1]["content"] == "long":
             raise ValueError("the prompt is too long")
-        return FakeLLM.stream(self, list(messages), params)
+        return FakeLLM._stream(self, "stream", list(messages), params, lora_request)
 
     monkeypatch.setattr(FakeLLM, "stream_chat", refuse)
     assert talk(monkeypatch, "long", "short") == 0
@@ -213,7 +230,7 @@ def test_chat_survives_a_refused_message(llm, monkeypatch, capsys: pytest.Captur
 def test_ctrl_c_stops_the_answer_and_not_the_program(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     closed = []
 
-    def interrupted(self, messages: list, params: SamplingParams) -> Iterator:
+    def interrupted(self, messages: list, params: SamplingParams, *, lora_request: str | None) -> Iterator:
         self.calls.append(list(messages))
         try:
             yield self._output("Hel", 1)
@@ -271,7 +288,7 @@ def test_a_pydantic_error_names_field_and_value() -> None:
 
 
 def test_ctrl_c_ends_generate_quietly(llm, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(self, prompt: str, params: SamplingParams) -> Iterator:
+    def interrupted(self, prompt: str, params: SamplingParams, *, lora_request: str | None) -> Iterator:
         yield self._output("Hel", 1)
         raise KeyboardInterrupt
 

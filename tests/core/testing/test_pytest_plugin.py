@@ -15,7 +15,7 @@ from modelport.plugin import load_plugins
 from modelport.testing import conformance_tests
 
 sound = load_plugins().find(["LlamaForCausalLM"])
-test_acme = conformance_tests("LlamaForCausalLM", only=["logits", "lora"])
+test_acme = conformance_tests("LlamaForCausalLM", only=["logits", "pooling"])
 wrong = replace(sound, rename={"model.": "x."})
 test_known = conformance_tests(replace(wrong, expected_failures={"weights": "so"}), only="weights")
 test_wrong = conformance_tests(wrong, only=["runs"])
@@ -26,7 +26,7 @@ def test_each_check_is_a_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_acme=VENDOR)
     result = pytester.runpytest_inprocess("-v", "-rA", "--conformance-reports", "reports", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=1, skipped=1, xfailed=1, failed=1)
-    result.stdout.fnmatch_lines(["*test_acme?logits? PASSED*", "*test_acme?lora? SKIPPED*not built yet*"])
+    result.stdout.fnmatch_lines(["*test_acme?logits? PASSED*", "*test_acme?pooling? SKIPPED*not built yet*"])
     result.stdout.fnmatch_lines(["*runs: WeightsError: the checkpoint does not fit*"])
     result.stdout.fnmatch_lines(["LlamaForCausalLM: 1 passed, 1 not built yet in*"])
     assert "Traceback" not in result.stdout.str()
