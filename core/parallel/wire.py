@@ -6,6 +6,7 @@ requests is a few kilobytes. Tensors of media travel beside the records (`channe
 """
 
 import itertools
+from collections import OrderedDict
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from modelport.request import Request
 from modelport.sampling_params import SamplingParams
 
 _EMBEDS = "rows that the caller gave"
+_MOST_KEPT = 64  # adapters that a worker has ready, whose slot others may have taken
 
 
 class PlanWriter:
@@ -108,6 +110,7 @@ class PlanReader:
     def __init__(self, adapters: Adapters | None = None) -> None:
         self._requests: dict[int, Request] = {}
         self._adapters = adapters
+        self._kept: OrderedDict[str, Adapter] = OrderedDict()  # by digest, least recently used first
 
     def read(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         joined = [self._made(record) for record in message["joined"]]
@@ -135,12 +138,18 @@ class PlanReader:
 
     def _read(self, path: str, digest: str) -> Adapter:
         """:raises RuntimeError: the files are not those that the engine has read."""
+        if digest in self._kept:
+            self._kept.move_to_end(digest)
+            return self._kept[digest]
         try:
             found = self._adapters.read(Path(path))
         except (OSError, ValueError) as error:
             raise RuntimeError(f"a worker cannot read an adapter that the engine has read: {error}") from None
         if found.digest.hex() != digest:
             raise RuntimeError(f"the adapter {path} is another one for a worker than for the engine; did it change?")
+        self._kept[digest] = found
+        if len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
         return found
 
     def _made(self, record: dict[str, Any]) -> Request:

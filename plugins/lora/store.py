@@ -48,7 +48,7 @@ class LoraAdapters:
                 of_layer[key] = a.to(self._dtype), b.to(self._dtype)
                 if self._dtype == torch.float16 and not all(torch.isfinite(part).all() for part in of_layer[key]):
                     raise ValueError(f"the factors of {module!r} are infinite as {self._dtype}; use a wider dtype")
-        return LoraAdapter(read.path, read.digest, pairs)
+        return LoraAdapter(read.path.absolute(), read.digest, pairs)
 
     def place(self, slot: int, adapter: LoraAdapter) -> bool:
         if self._here is None:  # a place holds a part of the layers only
