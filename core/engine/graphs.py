@@ -88,8 +88,7 @@ class GraphRecorder:
         after = [state[slots] for state in self.states]
         try:
             # Another record of the same tensors: what layers keep for a step they compute anew, within the graph.
-            step = graph.step(batch)
-            graph.again = self._capture(lambda: self.function(*step))
+            graph.again = self._capture(lambda: self.function(*graph.step(batch)))
             self._put(slots, before)
             replayed = graph.replay(tensors, rows)
             reason = None if _close(replayed, output) else "a replay gave something else than the model"
