@@ -98,7 +98,8 @@ class AdapterShelf:
 
 
 class AdapterSlots:
-    """
+    """The slots of a model, and who uses them.
+
     :param count: slots.
     :ivar fresh: (slot, adapter) to be placed before the next step.
     """
