@@ -6,13 +6,6 @@ from modelport.modeling.alibi import Alibi as Alibi
 from modelport.modeling.attention import Attention as Attention
 from modelport.modeling.attention import CrossAttention as CrossAttention
 from modelport.modeling.attention import EncoderAttention as EncoderAttention
-from modelport.modeling.axial import PatchMerger as PatchMerger
-from modelport.modeling.axial import PixtralVision as PixtralVision
-from modelport.modeling.axial import PixtralVisionConfig as PixtralVisionConfig
-from modelport.modeling.axial import Qwen2_5VisionConfig as Qwen2_5VisionConfig
-from modelport.modeling.axial import Qwen2_5VisionTower as Qwen2_5VisionTower
-from modelport.modeling.axial import Qwen2VisionConfig as Qwen2VisionConfig
-from modelport.modeling.axial import Qwen2VisionTower as Qwen2VisionTower
 from modelport.modeling.block_sparse import BlockPattern as BlockPattern
 from modelport.modeling.block_sparse import BlockSparseAttention as BlockSparseAttention
 from modelport.modeling.cache import CacheSpec as CacheSpec
@@ -49,7 +42,9 @@ from modelport.modeling.vision import VisionAttention as VisionAttention
 from modelport.modeling.vision import VisionConfig as VisionConfig
 from modelport.modeling.vision import VisionLayer as VisionLayer
 from modelport.modeling.vision import axial_angles as axial_angles
+from modelport.modeling.vision import axial_frequencies as axial_frequencies
 from modelport.modeling.vision import feature_layers as feature_layers
+from modelport.modeling.vision import grid_positions as grid_positions
 from modelport.modeling.vision import layer_states as layer_states
 from modelport.modeling.vision import segments as segments
 from modelport.modeling.vit import ClipVision as ClipVision

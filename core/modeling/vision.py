@@ -177,3 +177,15 @@ def axial_angles(rows: Tensor, columns: Tensor, row_frequencies: Tensor, column_
         [torch.outer(rows.float(), row_frequencies), torch.outer(columns.float(), column_frequencies)], 1
     )
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def grid_positions(frames: int, rows: int, columns: int, merge: int, device: torch.device) -> Tensor:
+    """Row and column of every patch, (patches, 2) int64; the `merge` x `merge` that merge lie behind one another."""
+    where = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+    where = where.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2)
+    return where.reshape(-1, 2).repeat(frames, 1)
+
+
+def axial_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """(dim / 2,) float32, radians per patch."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))

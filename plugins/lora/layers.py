@@ -132,26 +132,20 @@ class EmbeddingLayer(Layer):
         count = self.in_features if cut is None else sum(piece.size for piece in cut.pieces)
         rank = max((len(a) for a, _ in pairs.values()), default=0)
         known = 0 if self.low_rank is None else self.low_rank.b.shape[1]
-        moved = rank > known
-        if moved:
-            old, self.tables = (
-                self.tables,
-                torch.zeros(self.slots, count, rank, dtype=self.dtype, device=device),
-            )
-            if old is not None:
-                self.tables[:, :, :known] = old
-            # the rows that were looked up need no product with an `a`
+        if rank > known:
+            tables = torch.zeros(self.slots, count, rank, dtype=self.dtype, device=device)
+            if known:
+                tables[:, :, :known] = self.tables
+            self.tables = tables
             self.low_rank = _roomier(self.low_rank, self.slots, rank, rank, (0, *self.widths), self.dtype, device)
-            self.low_rank.a[:] = torch.eye(rank, dtype=self.dtype, device=device)
         self.tables[slot] = 0
-        self.low_rank.b[slot] = 0
-        self.low_rank.ranks[slot] = 0
-        for a, b in pairs.values():
+        made = {}
+        for part, (a, b) in pairs.items():
             mine = a if cut is None else _narrowed(a, 1, cut.of(None))
-            self.tables[slot, :, : len(a)] = mine.T.to(self.dtype)
-            self.low_rank.b[slot, : b.shape[1]] = b.T.to(self.dtype)
-            self.low_rank.ranks[slot] = len(a)
-        return moved
+            self.tables[slot, :, : len(a)] = mine.T
+            made[part] = torch.eye(len(a), max(rank, known)), b  # rows that were looked up are as `a` leaves them
+        _fill(self.low_rank, slot, made)
+        return rank > known
 
 
 class RouterLayer(Layer):
@@ -201,16 +195,17 @@ class LatentLayer:
             count = self.slots * heads
             self.keys = _roomier(self.keys, count, rank, nope, (0, self.in_features), self.dtype, device)
             self.values = _roomier(self.values, count, rank, self.in_features, (0, wide), self.dtype, device)
-        first = slot * heads
-        for head in range(heads):
-            _fill(self.keys, first + head, {})
-            _fill(self.values, first + head, {})
+        mine = slice(slot * heads, (slot + 1) * heads)
+        for low_rank in (self.keys, self.values):
+            for part in (low_rank.a, low_rank.b, low_rank.ranks):
+                part[mine] = 0
         for a, b in pairs.values():
             cut = _cut_of(self.module)
             b = b if cut is None else _narrowed(b, 0, cut.of(None))
-            for head, each in enumerate(b.view(heads, nope + wide, -1)):
-                _fill(self.keys, first + head, {0: (each[:nope].T, a.T)})
-                _fill(self.values, first + head, {0: (a, each[nope:])})
+            keys, values = b.view(heads, nope + wide, -1).transpose(1, 2).split((nope, wide), dim=2)
+            self.keys.a[mine, : len(a)], self.keys.b[mine, : len(a)] = keys, a
+            self.values.a[mine, : len(a)], self.values.b[mine, : len(a)] = a, values
+            self.keys.ranks[mine] = self.values.ranks[mine] = len(a)
         return moved
 
 
@@ -302,8 +297,7 @@ def _roomier(
     ranks = torch.zeros(slots, dtype=torch.int32, device=device)
     if known is not None:
         before = known.b.shape[1]
-        if a.shape[3] == known.a.shape[2]:
-            a[:, :, :before] = known.a.unflatten(1, (parts, before))
+        a[:, :, :before, : known.a.shape[2]] = known.a.unflatten(1, (parts, before))
         b[:, :before], ranks = known.b, known.ranks
     return LowRank(a.flatten(1, 2), b, ranks, edges)
 

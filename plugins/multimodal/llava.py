@@ -18,9 +18,9 @@ from modelport.inputs.images import BICUBIC, ImageSettings, normalize, preproces
 from modelport.inputs.processor import InputProcessor, MediaItem, ProcessorFiles
 from modelport.inputs.tokenizer import Tokenizer
 from modelport.modeling import MLP, MediaLM
-from modelport.modeling.axial import PixtralVision, PixtralVisionConfig
 from modelport.modeling.vit import ClipVision, ClipVisionConfig, SiglipVision, SiglipVisionConfig
 from modelport.plugin import Architecture, hookimpl
+from modelport.plugins.multimodal.pixtral_tower import PixtralVision, PixtralVisionConfig
 
 modelport_api = 1
 CLIP_336 = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from modelport.inputs.images import ImageSettings, normalize, to_rgb
 from modelport.inputs.processor import InputProcessor, MediaItem
 from modelport.modeling import Linear, RMSNorm
-from modelport.modeling.axial import PixtralVisionConfig
 from modelport.plugin import Architecture, Checkpoint, hookimpl
 from modelport.plugins.multimodal.llava import Llava, LlavaConfig, line_item
+from modelport.plugins.multimodal.pixtral_tower import PixtralVisionConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from modelport.batch import Batch, Media
@@ -25,9 +24,17 @@ from modelport.config import MultimodalConfig, TextConfig
 from modelport.inputs.images import BICUBIC, from_array, resize
 from modelport.inputs.processor import Expanded, MediaItem, ProcessorFiles
 from modelport.inputs.tokenizer import Tokenizer
-from modelport.modeling import MLP, Embedding, LayerNorm, axial_angles, segments
-from modelport.modeling.axial import Grid, Patches3D, QwenLayer, check_grids, grid_positions
+from modelport.modeling import MLP, Embedding, LayerNorm, grid_positions
 from modelport.plugin import Architecture, hookimpl
+from modelport.plugins.multimodal.qwen_tower import (
+    Grid,
+    Patches3D,
+    QwenLayer,
+    QwenVisionConfig,
+    check_grids,
+    frames_of,
+    qwen_angles,
+)
 from modelport.plugins.multimodal.qwen_vl import RENAME, STRETCH, UNKNOWN_FPS, Pixels, Qwen2VL, Qwen2VLInputs, reference
 from modelport.plugins.text.qwen3 import Block
 
@@ -38,21 +45,14 @@ modelport_api = 1
 IMAGE_PIXELS = 65536, 16777216
 FILM_PIXELS = 128 * 32 * 32, 32 * 32 * 768
 """Fewest and most of a picture, and of all frames of a film, where the files do not say."""
-THETA = 10000.0  # of the tower
 
 
-class Qwen3VisionConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
+class Qwen3VisionConfig(QwenVisionConfig):
     depth: int = 27
     hidden_size: int = 1152
     hidden_act: str = "gelu_pytorch_tanh"
     intermediate_size: int = 4304
-    num_heads: int = 16
-    in_channels: int = 3
     patch_size: int = 16
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
     out_hidden_size: int = 3584
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
@@ -220,10 +220,7 @@ class Tower(nn.Module):
         where = [grid_positions(*grid, self.merge, patches.device) for grid in grids]
         x = self.patch_embed.proj(patches)
         x = x + torch.cat([self._learned(places, grid) for places, grid in zip(where, grids, strict=True)]).to(x.dtype)
-        half = self.head_dim // 2
-        frequencies = THETA ** -(torch.arange(0, half, 2, dtype=torch.float32, device=x.device) / half)
-        angles = axial_angles(*torch.cat(where).unbind(1), frequencies, frequencies)
-        starts = segments([h * w for t, h, w in grids for _ in range(t)], x.device)
+        angles, starts = qwen_angles(torch.cat(where), self.head_dim), frames_of(grids, x.device)
         found: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks):
             x = block(x, starts, angles)

@@ -22,8 +22,13 @@ from modelport.inputs.images import BICUBIC, ImageSettings, from_array, normaliz
 from modelport.inputs.processor import Expanded, InputProcessor, MediaItem, ProcessorFiles
 from modelport.inputs.tokenizer import Tokenizer
 from modelport.modeling import MediaLM
-from modelport.modeling.axial import Qwen2_5VisionConfig, Qwen2_5VisionTower, Qwen2VisionConfig, Qwen2VisionTower
 from modelport.plugin import Architecture, hookimpl
+from modelport.plugins.multimodal.qwen_tower import (
+    Qwen2_5VisionConfig,
+    Qwen2_5VisionTower,
+    Qwen2VisionConfig,
+    Qwen2VisionTower,
+)
 
 if TYPE_CHECKING:
     from modelport.inputs.media import Video

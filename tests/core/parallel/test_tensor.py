@@ -12,11 +12,7 @@ from modelport.modeling import (
     ClipVision,
     ClipVisionConfig,
     MergedLinear,
-    PixtralVision,
-    PixtralVisionConfig,
     QKVLinear,
-    Qwen2VisionConfig,
-    Qwen2VisionTower,
     RMSNorm,
     RowLinear,
 )
@@ -26,6 +22,8 @@ from modelport.modeling.mlp import MLP, GatedMLP
 from modelport.parallel.groups import Place, ThreadHub
 from modelport.parallel.tensor import divide_layers, share, share_heads
 from modelport.plugin import Architecture
+from modelport.plugins.multimodal.pixtral_tower import PixtralVision, PixtralVisionConfig
+from modelport.plugins.multimodal.qwen_tower import Qwen2VisionConfig, Qwen2VisionTower
 
 CONFIG = TextConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
 CPU = torch.device("cpu")
