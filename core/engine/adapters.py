@@ -98,14 +98,12 @@ class AdapterShelf:
 
 
 class AdapterSlots:
-    """The slots of a model, and who uses them.
+    """The slots of a model, and who uses them; a runner sees from requests what has to be placed.
 
     :param count: slots.
-    :ivar fresh: (slot, adapter) to be placed before the next step.
     """
 
     def __init__(self, count: int):
-        self.fresh: list[tuple[int, Adapter]] = []
         self._empty = list(range(count - 1, -1, -1))
         self._slot_of: dict[bytes, int] = {}
         self._users: dict[bytes, int] = {}
@@ -120,7 +118,6 @@ class AdapterSlots:
         digest = adapter.digest
         if digest not in self._slot_of:
             self._slot_of[digest] = self._empty.pop() if self._empty else self._evict()
-            self.fresh.append((self._slot_of[digest], adapter))
         self._idle.pop(digest, None)
         self._users[digest] = self._users.get(digest, 0) + 1
         return self._slot_of[digest]

@@ -103,6 +103,7 @@ class Runner:
         self._media: dict[bytes, Tensor] = {}  # rows of encoded items
         self._media_errors: dict[bytes, str] = {}  # why an item's rows are NaN
         self._adapters = adapters_of(model)
+        self._placed: dict[int, bytes] = {}  # digest of the adapter in each slot
         self._takes_media = self._encodes = hasattr(model, "embed_media")
         # an encoder's tokens are the same for all of a sequence; of media a row sees those before it
         self._reads_encoder = hasattr(model, "encode")
@@ -179,9 +180,15 @@ class Runner:
         return result
 
     def _place_adapters(self, plan: Plan) -> None:
-        for slot, adapter in plan.adapters:
+        """Put the adapters of requests that join into their slots, where they do not lie yet."""
+        for request in plan.joined:
+            adapter, slot = request.adapter, request.adapter_slot
+            if adapter is None or self._placed.get(slot) == adapter.digest:
+                continue
+            self._placed.pop(slot, None)  # if this fails, nobody knows what is there
             if self._adapters.place(slot, adapter) and self.recorder is not None:
                 self.recorder.reset()
+            self._placed[slot] = adapter.digest
 
     def _encode_media(self, plan: Plan) -> None:
         """Make the rows that this step needs, all items of a modality in one call; drop those that are not kept."""

@@ -15,7 +15,6 @@ from modelport.engine.adapters import AdapterSlots
 from modelport.engine.cache import Cache
 from modelport.engine.media import MediaCache
 from modelport.inputs.processor import MediaItem
-from modelport.modeling.adapters import Adapter
 from modelport.request import Request
 
 _LOOKS = 64
@@ -30,7 +29,6 @@ class Plan:
 
     :ivar encode: media whose rows this step needs and the runner lacks.
     :ivar forget: digests of media whose rows the runner drops.
-    :ivar adapters: slots and what is put into them before the step.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -39,7 +37,6 @@ class Plan:
     left: list[int] = field(default_factory=list)  # slots given back
     encode: list[MediaItem] = field(default_factory=list)
     forget: list[bytes] = field(default_factory=list)
-    adapters: list[tuple[int, Adapter]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -143,8 +140,6 @@ class Scheduler:
             plan.left, self._left = self._left, []
             if self.media is not None:
                 plan.encode, plan.forget = self.media.told()
-            if self.adapters is not None:
-                plan.adapters, self.adapters.fresh = self.adapters.fresh, []
         return plan
 
     def present(self) -> list[Request]:

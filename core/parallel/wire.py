@@ -45,8 +45,6 @@ class PlanWriter:
                 request.length_class, request.wants_prompt_logprobs, new if any(new) else 0,
             ])  # fmt: skip
         message = {"left": plan.left, "joined": [_request(r) for r in plan.joined], "rows": rows}
-        if plan.adapters:
-            message["adapters"] = [[slot, str(found.path), found.digest.hex()] for slot, found in plan.adapters]
         tensors: dict[str, Tensor] = {}
         if plan.encode or plan.forget:
             message["encode"] = [_item(item) for item in plan.encode]
@@ -75,6 +73,7 @@ def _request(request: Request) -> dict[str, Any]:
         "media": [[placed.start, _item(placed.item)] for placed in request.media],
         "spans": request.spans,
         "axes": None if request.axes is None else request.axes.tolist(),
+        "adapter": None if request.adapter is None else [str(request.adapter.path), request.adapter.digest.hex()],
         "adapter_slot": request.adapter_slot,
     }
 
@@ -115,7 +114,6 @@ class PlanReader:
     def read(self, message: dict[str, Any], tensors: dict[str, Tensor]) -> Plan:
         joined = [self._made(record) for record in message["joined"]]
         plan = Plan(joined=joined, left=message["left"])
-        plan.adapters = [(slot, self._read(path, digest)) for slot, path, digest in message.get("adapters", ())]
         parts: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             number, _, name = key.partition("/")
@@ -172,6 +170,7 @@ class PlanReader:
             axes=None if record["axes"] is None else np.asarray(record["axes"], dtype=np.int32),
             blocks=[[] for _ in range(record["groups"])],
             slot=record["slot"],
+            adapter=None if record["adapter"] is None else self._read(*record["adapter"]),
             adapter_slot=record["adapter_slot"],
         )
         self._requests[request.slot] = request

@@ -111,6 +111,23 @@ def test_steps_are_recorded_with_adapters_too(base, requests, wanted):
         assert found[1] == plain[0]
 
 
+def test_an_adapter_that_could_not_be_placed_is_placed_by_the_next_request(base, requests, wanted, monkeypatch):
+    llm = engine(base)
+    adapters = llm._front.engine.adapters
+    place = type(adapters).place
+
+    def fail(self, slot, adapter):
+        place(self, slot, adapter)
+        next(layer for layer in self._layers if layer.low_rank is not None).low_rank.b[slot] = 7.0
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(type(adapters), "place", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        run(llm, requests[0])
+    monkeypatch.undo()
+    assert run(llm, [requests[0], None]) == [wanted[1], wanted[0]]
+
+
 def test_an_adapter_of_a_larger_rank_comes_later(base, requests, wanted):
     llm = engine(base)
     assert run(llm, [requests[0], None]) == [wanted[1], wanted[0]]
