@@ -28,7 +28,11 @@ template <class V> INLINE V read(const void *p) {
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE vf splat(float x) { return x - vf{}; }  // x - 0 keeps the sign of zero
+#if defined(HAS_AVX512)
+INLINE vf most(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
 INLINE vf most(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 // ---- conversions
 
@@ -60,6 +64,10 @@ INLINE vu bf16_bits(vf x) {  // in the high half: rounded to nearest even; a NaN
     return x != x ? vu{} + 0x7fc00000 : u;
 }
 INLINE void store(bf16 *p, vf x) {
+#if defined(HAS_AVX512BF16)  // the same but for subnormals, which become zero, as they are to its dot products
+    __m256bh h = _mm512_cvtneps_pbh(as<__m512>(x));
+    memcpy(p, &h, sizeof h);
+#else
     vu u = bf16_bits(x) >> 16;
 #if defined(HAS_AVX512)
     __m256i h = _mm512_cvtepi32_epi16(as<__m512i>(u));
@@ -73,6 +81,7 @@ INLINE void store(bf16 *p, vf x) {
 #else
     vh h = __builtin_convertvector(u, vh);
     memcpy(p, &h, sizeof h);
+#endif
 #endif
 }
 #if defined(HAS_AVX512)
@@ -199,24 +208,36 @@ INLINE float largest(vf x) {
 // ---- functions (relative error about 1e-7)
 
 INLINE vf exp(vf x) {
+#if defined(HAS_AVX512)
+    // Far enough that the power of two itself becomes zero or infinite; a NaN comes second, and so stays.
+    __m512 y = _mm512_min_ps(_mm512_set1_ps(128.0f), _mm512_max_ps(_mm512_set1_ps(-128.0f), as<__m512>(x)));
+    x = as<vf>(y);
+    vf n = as<vf>(_mm512_roundscale_ps(as<__m512>(x * 1.44269504088896341f), 0));
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+#else
     vf kept = x < -87.3f ? splat(-87.3f) : x;  // comparisons written so that a NaN stays one
     kept = kept > 88.7f ? splat(88.7f) : kept;
     const float shift = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
     vf t = kept * 1.44269504088896341f + shift;
     vf n = t - shift;
     vf r = kept - n * 0.693359375f + n * 2.12194440e-4f;
+#endif
     vf p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = p * (r * r) + (r + 1.0f);
+#if defined(HAS_AVX512)
+    return as<vf>(_mm512_scalef_ps(as<__m512>(p), as<__m512>(n)));
+#else
     // 2^n in two factors: n may be 128, whose power alone overflows
     vi i = as<vi>(t) - 0x4b400000, half = i >> 1;
     vf y = p * as<vf>((half + 127) << 23) * as<vf>((i - half + 127) << 23);
     y = x < -87.3f ? vf{} : y;  // masked scores are -inf and must weigh exactly nothing
     return x > 88.7228f ? splat(__builtin_inff()) : y;
+#endif
 }
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 INLINE vf tanh(vf x) {  // small arguments by series, where 1 - 2 / (e^2x + 1) cancels

@@ -39,7 +39,10 @@ def test_rows(dtype: torch.dtype) -> None:
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-40, -0.0, 65519.0, 6e-8, 3.39e38]).to(dtype)
     kept = activation.activate(special, "relu")
     assert kept[0].isnan()
-    assert torch.equal(kept[1:], special[1:].relu())
+    want = special.relu()
+    if dtype == torch.bfloat16 and cpu.lib.isa() == "avx512bf16":
+        want[3] = 0.0  # its conversion takes subnormals for zero
+    assert torch.equal(kept[1:], want[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
