@@ -20,6 +20,7 @@ from modelport.engine.logits import LogitsEdits
 from modelport.engine.transfer import Arrival, to_device
 from modelport.kernels.argmax import argmax
 from modelport.kernels.draw import draw, uniform
+from modelport.kernels.logprobs import logprobs
 from modelport.sampling_params import SamplingParams
 
 SCORED_ROWS = 128  # prompt rows scored at a time, which bounds the float32 copies
@@ -63,7 +64,7 @@ class Choice:
     :ivar slots: (rows,) int.
     :ivar errors: rows that are known to have one.
     :ivar scored: rows whose log-probabilities were asked for.
-    :ivar arrival: of the tokens, the greatest logits, and what `_score` made of the rows that are scored.
+    :ivar arrival: of the tokens, the greatest logits, and the columns of `TokenLogprobs` of the rows that are scored.
     """
 
     tokens: Tensor
@@ -164,22 +165,23 @@ class Sampler:
         rows, scores = np.flatnonzero(self._logprobs[slots] >= 0), ()
         if len(rows):
             where = self._tensor(rows)
-            scores = _score(logits[where], tokens[where], int(self._logprobs[slots[rows]].max()))
+            k, whole = int(self._logprobs[slots[rows]].max()), len(rows) == len(slots)
+            scores = logprobs(*((logits, tokens) if whole else (logits[where], tokens[where])), k)
         return Choice(tokens, slots, errors, rows, Arrival(tokens, best, *scores))
 
     def read(self, choice: Choice) -> SamplerOutput:
         """Wait for a choice."""
         tokens, best, *scores = choice.arrival.arrays()
         tokens, errors = tokens.copy(), dict(choice.errors)  # on a CPU they are the choice's own
-        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        found: list[TokenLogprobs | None] = [None] * len(tokens)
         for row, entry in zip(choice.scored.tolist(), _entries(scores), strict=True):
             k = int(self._logprobs[choice.slots[row]])
-            logprobs[row] = TokenLogprobs(entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k])
+            found[row] = TokenLogprobs(entry.logprob, entry.rank, entry.top_ids[:k], entry.top_logprobs[:k])
         for row in np.flatnonzero(~np.isfinite(best)).tolist():
             errors.setdefault(row, _why_not(best[row], choice.slots[row]))
         for row in errors:
-            tokens[row], logprobs[row] = -1, None
-        return SamplerOutput(tokens, logprobs, errors)
+            tokens[row], found[row] = -1, None
+        return SamplerOutput(tokens, found, errors)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
@@ -194,19 +196,8 @@ def prompt_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogp
     :param k: most likely tokens to name beside the one that follows.
     """
     parts = zip(logits.split(SCORED_ROWS), token_ids.split(SCORED_ROWS), strict=True)
-    arrivals = [Arrival(*_score(some, tokens, k)) for some, tokens in parts]
+    arrivals = [Arrival(*logprobs(some, tokens, k)) for some, tokens in parts]
     return [entry for arrival in arrivals for entry in _entries(arrival.arrays())]
-
-
-def _score(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, ...]:
-    """The columns of `TokenLogprobs`."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, token_ids[:, None])
-    ranks = (logprobs > own).sum(-1, dtype=torch.int32) + 1  # a third of the time that int64 takes
-    # By id first: the stable sort then leaves ties in the order of their ids.
-    ids = logprobs.topk(min(k, logits.shape[1]), dim=-1).indices.sort(-1).values
-    values, order = logprobs.gather(1, ids).sort(stable=True, dim=-1, descending=True)
-    return own[:, 0], ranks, ids.gather(1, order), values
 
 
 def _entries(columns: Sequence[np.ndarray]) -> list[TokenLogprobs]:

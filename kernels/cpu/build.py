@@ -24,6 +24,7 @@ HEADERS = [
     "simd.h",
     "rows.inc",
     "draw.inc",
+    "logprobs.inc",
     "rope.inc",
     "matrix.inc",
     "linear.inc",

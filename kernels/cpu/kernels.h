@@ -41,6 +41,17 @@ struct Draw {  // x: (rows, width); the others (rows,)
     int dtype, threads;
 };
 
+struct Logprobs {  // x: (rows, width)
+    const void *x;
+    int64_t rows, width, stride, k;
+    const int64_t *tokens;  // (rows,)
+    float *own;             // (rows,): log-probability of that token
+    int32_t *ranks;         // (rows,): of it, the likeliest has 1
+    int64_t *ids;           // (rows, k): the likeliest tokens, of equals the lower id first
+    float *values;          // (rows, k)
+    int dtype, threads;
+};
+
 struct RopeWrite {  // q, k, v: (tokens, heads, dim); caches: (blocks, kv_heads, block_size, dim); null pointers are skipped
     void *q;
     int64_t q_token, q_head, heads;
@@ -186,6 +197,7 @@ struct Kernels {
     void (*gated)(const Rows &, int kind);  // width is the output's, a row of x is twice that
     void (*best)(const Best &);
     void (*draw)(const Draw &);
+    void (*logprobs)(const Logprobs &);
     void (*rope_write)(const RopeWrite &);
     void (*attention)(const Attention &);
     void (*linear)(const Linear &);

@@ -79,7 +79,8 @@ struct Tensor {
     bool contiguous() const {
         int64_t expected = 1;
         for (int i = dims - 1; i >= 0; expected *= n[i--])
-            if (n[i] != 1 && stride[i] != expected) return false;
+            if (n[i] == 0) return true;
+            else if (n[i] != 1 && stride[i] != expected) return false;
         return true;
     }
     int64_t count() const {
@@ -292,6 +293,28 @@ static PyObject *draw(PyObject *, PyObject *const *args, Py_ssize_t count) {
     a.min_p = (const float *)min_p.data, a.top_k = (const int64_t *)top_k.data, a.top_p = (const double *)top_p.data;
     a.uniforms = (const double *)uniforms.data, a.tokens = (int64_t *)tokens.data;
     return launch(r, (double)a.rows * a.width * 8, a, [](const Draw &a) { chosen->draw(a); });
+}
+
+static PyObject *logprobs(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    Logprobs a{};
+    Tensor x = r.t(), tokens = r.t(), own = r.t(), ranks = r.t(), ids = r.t(), values = r.t();
+    a.threads = (int)r.i();
+    if (!r.ok()) return nullptr;
+    REQUIRE(r.good && x.rows(2) && x.floating() && x.n[1] > 0 && x.n[1] < 1 << 30 && ids.dims == 2 && values.dims == 2);
+    REQUIRE(tokens.list(INT64, x.n[0]) && own.list(FLOAT32, x.n[0]) && ranks.list(INT32, x.n[0]));
+    for (const Tensor &t : {ids, values}) REQUIRE(t.contiguous() && t.n[0] == x.n[0] && t.n[1] == ids.n[1]);
+    REQUIRE(ids.dtype == INT64 && values.dtype == FLOAT32 && ids.n[1] <= x.n[1] && ids.n[1] <= 128);
+    a.x = x.data, a.rows = x.n[0], a.width = x.n[1], a.stride = x.stride[0], a.k = ids.n[1], a.dtype = x.dtype;
+    a.tokens = (const int64_t *)tokens.data, a.own = (float *)own.data, a.ranks = (int32_t *)ranks.data;
+    a.ids = (int64_t *)ids.data, a.values = (float *)values.data;
+    return launch(r, (double)a.rows * a.width * 8, a, [](const Logprobs &a) -> Refusal {
+        for (int64_t i = 0; i < a.rows; ++i)
+            if (a.tokens[i] < 0 || a.tokens[i] >= a.width)
+                return {"token %lld is outside the vocabulary of %lld", a.tokens[i], a.width};
+        chosen->logprobs(a);
+        return {};
+    });
 }
 
 static Refusal checked_rope_write(const RopeWrite &a) {
@@ -684,7 +707,7 @@ static PyObject *available(PyObject *, PyObject *const *, Py_ssize_t) {
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, nullptr}
 static PyMethodDef methods[] = {METHOD(rms_norm), METHOD(layer_norm), METHOD(activate), METHOD(gated), METHOD(best),
-                                METHOD(draw), METHOD(rotate),
+                                METHOD(draw), METHOD(logprobs), METHOD(rotate),
                                 METHOD(cache_write),
                                 METHOD(rope_write), METHOD(paged_attention), METHOD(linear), METHOD(experts), METHOD(lora),
                                 METHOD(causal_conv), METHOD(selective_scan), METHOD(head_scan), METHOD(gated_norm),
