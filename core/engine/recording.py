@@ -2,38 +2,46 @@
 
 Decisions: the model is watched from outside, so every family is served and none knows. Calls of compiled kernels go on
 a native tape (`kernels/cpu/tape.h`), torch operations between them are kept with their arguments; what only allocates
-or views memory needs nothing again. All tensors of a recording stay where they are, so it holds for one number of rows.
-A model whose computation depends on numbers read out of tensors cannot be recorded and is left alone from then on. And
-since not everything can be seen from outside, a recording is trusted only after a replay on other data gave, bit by
-bit, what the model gave.
+or views memory needs nothing again. Results lie in one piece of memory, where a place is free for others as soon as
+the model lets go of what is there: a replay does everything in the same order, so it holds then as well. A model whose
+computation depends on numbers read out of tensors cannot be recorded and is left alone from then on. And since not
+everything can be seen from outside, a recording is trusted only after a replay on other data gave, bit by bit, what the
+model gave.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import bisect
 import logging
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from modelport.batch import Batch
+from modelport.engine.buckets import Buckets, Inputs, Step, put_states, save_states
 from modelport.engine.memory import zeros
 from modelport.kernels import cpu
 
 logger = logging.getLogger(__name__)
-MOST_ROWS = 32
-"""More rows are not recorded: the kernels take so long then that Python's part is small."""
+State = Tensor | tuple[Tensor, ...]
+BUCKETS = Buckets((*range(1, 9), *range(10, 16, 2), *range(16, 64, 4), *range(64, 129, 8)), columns=64)
+"""For steps of one token per sequence. With more than 128 the kernels take so long that Python's part is small."""
+PROMPTS = Buckets((), columns=64, seqs=(8, 64, 256), full=128)
+"""For all others."""
 MOST_BYTES = 64 << 20
-"""Of memory for all that a step computes; steps that need more are not recorded."""
+"""Of memory for all that a step has at one time; steps that need more are not recorded."""
 _MOST_RECORDINGS = 64  # the one that was not used for longest goes first
 _MOST_SEEN = 256
+_NO_BOUND = 2**62
 _ALIGNMENT = 64
 _ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 _MEMORY_MOVES = {"resize_", "resize_as_", "set_"}
@@ -42,22 +50,30 @@ _READS = {"__array__", "__dlpack__", "data_ptr", "numpy", "storage", "tolist", "
 
 
 class Recorder:
-    """Runs a model's decode steps, from recordings where it can.
+    """Runs steps of a model, from recordings where it can.
 
-    :param function: (token_ids, batch) -> logits (rows, vocab); what is recorded.
+    :param function: what is recorded: (token_ids, batch) -> a tensor with a row for each row, or a tuple of such.
     :param states: tensors (slots, ...) of recurrent layers, which a step reads and changes.
+    :param buckets: the steps that are recorded.
+    :param memory: of another recorder, to be shared: a result is then overwritten by that one's next step as well.
     :ivar num_replays: steps that were run from a recording.
     :ivar given_up: why this model is not recorded; None while it is.
     """
 
-    def __init__(self, function: Callable[[Tensor, Batch], Tensor], states: Sequence[Tensor] = ()):
-        self.function, self.states = function, states
+    def __init__(
+        self,
+        function: Callable[[Tensor, Batch], State],
+        states: Sequence[Tensor] = (),
+        buckets: Buckets | None = None,
+        memory: Tensor | None = None,
+    ):
+        self.function, self.states, self._buckets = function, states, buckets or BUCKETS
         self.num_replays = 0
         self.given_up: str | None = None
         self._recordings: OrderedDict[tuple, _Recording] = OrderedDict()
         self._seen: OrderedDict[tuple, None] = OrderedDict()
-        self._most_rows = MOST_ROWS
-        self._memory = zeros((MOST_BYTES,), torch.uint8, torch.device("cpu"))  # not there until it is written
+        self._most_rows = _NO_BOUND
+        self.memory = _room() if memory is None else memory
 
     def reset(self) -> None:
         """Forget all recordings. To be called when weights were replaced, or layers: recordings use the old ones."""
@@ -65,8 +81,8 @@ class Recorder:
         self._seen.clear()
         self.given_up = None
 
-    def run(self, token_ids: Tensor, batch: Batch) -> Tensor | None:
-        """The logits of a step of one token per sequence, every one of them wanted; None when the model is to be run.
+    def run(self, token_ids: Tensor, batch: Batch) -> State | None:
+        """What the function gives; None when it is to be called.
 
         The result is overwritten by the next step.
 
@@ -74,90 +90,114 @@ class Recorder:
         """
         if self.given_up is not None or len(token_ids) > self._most_rows:
             return None
-        leaves = [token_ids, *_leaves(batch)]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = (cpu.threads(), *(_kind(leaf) for leaf in leaves))
+        step = self._buckets.of(token_ids, batch)
+        if step is None:
+            return None
+        key = (cpu.threads(), step.key)
         recording = self._recordings.get(key)
-        if recording is not None and recording.fits(tensors):
+        if recording is not None:
             self._recordings.move_to_end(key)
             if not recording.proved:
-                return self._prove(recording, tensors, token_ids, batch)
+                return self._prove(recording, step)
             self.num_replays += 1
-            return recording.replay(tensors)
+            return recording.replay(step)
         if key in self._seen:  # what comes once need not come again
-            return self._record(key, tensors, token_ids, batch)
+            return self._record(key, step)
         self._seen[key] = None
         if len(self._seen) > _MOST_SEEN:
             self._seen.popitem(last=False)
-        return None
+        if step.is_whole:
+            return None
+        # What a layer makes once for these sizes and keeps has to be there before: others use a recording's memory.
+        return _first(self.function(*Inputs(step).record()), step.rows)
 
-    def _record(self, key: tuple, tensors: list[Tensor], token_ids: Tensor, batch: Batch) -> Tensor:
-        inputs = [_with_room(tensor) for tensor in tensors]
-        fixed = iter(inputs)
-        static_ids, static_batch = next(fixed), rebuilt(batch, fixed)
-        watch, tape = _Watch(self._memory), cpu.lib.record()
+    def _record(self, key: tuple, step: Step) -> State:
+        inputs = Inputs(step)
+        record = inputs.record()
+        watch, tape = _Watch(self.memory), cpu.lib.record(self.memory)
         try:
             with watch, _Guard(watch):
-                output = self.function(static_ids, static_batch)
+                output = self.function(*record)
             parts = watch.parts(tape)
         finally:
             cpu.lib.stop()
         if watch.objection is not None:
             self._give_up(watch.objection)
         elif watch.is_full:
-            self._most_rows = len(token_ids) - 1
+            self._most_rows = step.rows - 1
         else:
-            self._recordings[key] = _Recording(inputs, output, parts)
-            self._recordings.move_to_end(key)
+            self._recordings[key] = _Recording(inputs, tree_map(watch.unowned, output), parts)
             if len(self._recordings) > _MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
-        return output
+        return _first(output, step.rows)
 
-    def _prove(self, recording: _Recording, tensors: list[Tensor], token_ids: Tensor, batch: Batch) -> Tensor:
+    def _prove(self, recording: _Recording, step: Step) -> State:
         """Replay, then run the model on the same data: keys are written twice, recurrent states put back in between."""
-        rows = batch.state_slots.long()
-        saved = [state[rows] for state in self.states]
-        difference = "a replay gave something else than the model"
+        saved, difference = save_states(self.states, step.batch), "a replay gave something else than the model"
         try:
-            replayed = recording.replay(tensors).clone()
+            replayed = tree_map(torch.clone, recording.replay(step))
         except Exception as error:
             replayed, difference = None, f"a replay failed: {error}"
-        for state, before in zip(self.states, saved, strict=True):
-            state[rows] = before
-        output = self.function(token_ids, batch)
+        put_states(self.states, saved)
+        output = _first(self.function(*recording.inputs.record()), step.rows)
         recording.proved = replayed is not None and _same_bits(replayed, output)
         if not recording.proved:
             self._give_up(difference)
         return output
 
     def _give_up(self, reason: str) -> None:
-        logger.debug("decode steps of this model are not recorded: %s", reason)
+        logger.debug("steps of this model are not recorded: %s", reason)
         self._recordings.clear()
         self.given_up = reason
 
 
 class _Recording:
-    """One step: where its inputs go, the calls, and where its output will be.
+    """One step: its inputs, the calls, and where its output will be.
 
     :ivar proved: whether a replay was seen to give what the model gives.
     """
 
-    def __init__(self, inputs: list[Tensor], output: Tensor, parts: list[Callable[[], None]]):
-        self.inputs, self.output, self._parts = inputs, output, parts
+    def __init__(self, inputs: Inputs, output: State, parts: list[Callable[[], None]]):
+        self.inputs, self._output, self._parts = inputs, output, parts
         self.proved = False
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether there is room for as many columns."""
-        return all(
-            mine.dim() != 2 or mine.shape[1] >= new.shape[1] for mine, new in zip(self.inputs, tensors, strict=True)
-        )
-
-    def replay(self, tensors: Sequence[Tensor]) -> Tensor:
-        for mine, new in zip(self.inputs, tensors, strict=True):
-            (mine[:, : new.shape[1]] if _is_table(new) else mine).copy_(new)
+    def replay(self, step: Step) -> State:
+        self.inputs.fill(step)
         for part in self._parts:
             part()
-        return self.output
+        return _first(self._output, step.rows)
+
+
+class _Slot(np.ndarray):
+    """A piece of memory that a tensor owns: it dies with the last one that looks at it."""
+
+
+class _Room:
+    """Which places of a piece of memory are free: the lowest that is large enough is taken."""
+
+    def __init__(self, memory: Tensor):
+        self._bytes = memory.numpy()
+        self._holes = [(0, len(memory))]  # start and end, in order, never touching
+
+    def take(self, nbytes: int) -> _Slot | None:
+        """None when there is no room."""
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        for i, (start, end) in enumerate(self._holes):
+            if end - start >= size:
+                self._holes[i : i + 1] = [(start + size, end)] if start + size < end else []
+                slot = self._bytes[start : start + nbytes].view(_Slot)
+                weakref.finalize(slot, self._give, start, start + size).atexit = False
+                return slot
+        return None
+
+    def _give(self, start: int, end: int) -> None:
+        i = bisect.bisect(self._holes, (start, end))
+        if i < len(self._holes) and self._holes[i][0] == end:
+            end = self._holes.pop(i)[1]
+        if i and self._holes[i - 1][1] == start:
+            i -= 1
+            start = self._holes.pop(i)[0]
+        self._holes.insert(i, (start, end))
 
 
 class _Watch(TorchDispatchMode):
@@ -172,7 +212,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.objection: str | None = None
         self.is_full = False
-        self._memory, self._used = memory, 0
+        self._memory, self._room = memory, _Room(memory)
         self._operations: list[tuple[int, Callable[[], None]]] = []  # and how many kernels were called before
 
     @classmethod
@@ -182,14 +222,15 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        records = self.objection is None and not self.is_full
+        if records and operation.overloadpacket.__name__ in _ALLOCATIONS:  # by far the most
+            return self._placed(operation(*args, **kwargs))
         with self:  # operations that consist of others may hide what cannot be replayed
             result = operation.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
         result = operation(*args, **kwargs)
-        if self.objection is not None or self.is_full:
-            return result
-        return self._take(operation, args, kwargs, result)
+        return self._take(operation, args, kwargs, result) if records else result
 
     def parts(self, tape: object) -> list[Callable[[], None]]:
         """All there is to do at a replay, in order; called before the tape is stopped."""
@@ -213,26 +254,35 @@ class _Watch(TorchDispatchMode):
             return result
         given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         fresh = [i for i, leaf in enumerate(results) if leaf is not None and _storage(leaf) not in given]
-        if name in _ALLOCATIONS:
-            return self._placed(result)
         for i in fresh:
             results[i] = self._placed(results[i]).copy_(results[i])
         if fresh or any(a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments):
-            again = partial(_again, partial(operation, *args, **kwargs), [(i, results[i]) for i in fresh])
+            args, kwargs = tree_map(self.unowned, (args, kwargs))
+            again = partial(_again, partial(operation, *args, **kwargs), [(i, self.unowned(results[i])) for i in fresh])
             self._operations.append((cpu.lib.recorded(), again))
         return tree_unflatten(results, form) if fresh else result
 
+    def unowned(self, value: Any) -> Any:
+        """A tensor of the recording's memory as one that does not keep its place; anything else as it is."""
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        start = value.data_ptr() - self._memory.data_ptr()
+        return self._view(self._memory[start:], value) if 0 <= start < len(self._memory) else value
+
     def _placed(self, tensor: Tensor) -> Tensor:
         """One like it in the recording's memory."""
-        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        nbytes = extent * tensor.itemsize if tensor.numel() else 0
-        if start + nbytes > len(self._memory):
+        if not tensor.numel():
+            return tensor
+        slot = self._room.take(_extent(tensor))
+        if slot is None:
             self.is_full = True
             return tensor
-        self._used = start + nbytes
-        room = self._memory[start : start + nbytes].view(tensor.dtype)
-        return room.as_strided(tensor.shape, tensor.stride(), room.storage_offset())
+        return self._view(torch.from_numpy(slot), tensor)
+
+    def _view(self, memory: Tensor, like: Tensor) -> Tensor:
+        """The beginning of `memory` as a tensor like another one."""
+        room = memory[: _extent(like)].view(like.dtype)
+        return room.as_strided(like.shape, like.stride(), room.storage_offset())
 
 
 class _Guard(TorchFunctionMode):
@@ -279,54 +329,24 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _is_table(value: Any) -> bool:
-    """Whether columns may be added: they are, to block tables, whose rows are read as far as they are filled."""
-    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+def _extent(tensor: Tensor) -> int:
+    """Bytes from its first element to its last."""
+    places = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return places * tensor.itemsize
 
 
-def _kind(leaf: Any) -> Any:
-    """What of an input a recording depends on."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.dtype, leaf.shape[0] if _is_table(leaf) else leaf.shape
+def _room() -> Tensor:
+    """Memory for recordings: (MOST_BYTES,) uint8, which is not there until it is written."""
+    memory = zeros((MOST_BYTES + _ALIGNMENT,), torch.uint8, torch.device("cpu"))
+    return memory[-memory.data_ptr() % _ALIGNMENT :][:MOST_BYTES]
 
 
-def _with_room(tensor: Tensor) -> Tensor:
-    """A copy for a recording; a table gets columns for what its requests will grow to."""
-    if not _is_table(tensor):
-        return tensor.clone()
-    rows, columns = tensor.shape
-    roomy = tensor.new_zeros(rows, max(64, 2 * columns))
-    roomy[:, :columns] = tensor
-    return roomy
+def _first(state: State, rows: int) -> State:
+    return tree_map(lambda part: part[:rows], state)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """What records and tuples are made of, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _leaves(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _leaves(part)
-    else:
-        yield value
-
-
-def rebuilt(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same with other tensors."""
-    if isinstance(value, Tensor):
-        return next(tensors)
-    if dataclasses.is_dataclass(value):
-        names = [field.name for field in dataclasses.fields(value)]
-        return type(value)(**{name: rebuilt(getattr(value, name), tensors) for name in names})
-    if isinstance(value, tuple):
-        return tuple(rebuilt(part, tensors) for part in value)
-    return value
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    a, b = a.contiguous(), b.contiguous()
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+def _same_bits(a: State, b: State) -> bool:
+    pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=True))
+    return all(x.shape == y.shape and x.dtype == y.dtype for x, y in pairs) and all(
+        torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in pairs
+    )

@@ -17,7 +17,7 @@ from modelport.batch import Adapted, Batch, Encoded, Media, Pages
 from modelport.engine.cache import Group
 from modelport.engine.crossing import Crossing, crossing
 from modelport.engine.graphs import GraphRecorder
-from modelport.engine.recording import Recorder
+from modelport.engine.recording import PROMPTS, Recorder
 from modelport.engine.sampler import Choice, Sampler, TokenLogprobs, prompt_logprobs
 from modelport.engine.scheduler import Plan
 from modelport.engine.transfer import send, to_device
@@ -86,10 +86,12 @@ class Runner:
         self._forward = functools.partial(forward, model)  # a part of a model has another way
         self.sampler = Sampler(vocab_size, num_slots, device)
         self.recorder: Recorder | GraphRecorder | None = None
+        self.prompts: Recorder | None = None
         if device.type == "cuda":
             self.recorder = GraphRecorder(self._decode, states)
         elif cpu.lib is not None:
             self.recorder = Recorder(self._decode, states)
+            self.prompts = Recorder(lambda *step: self._forward(*step), states, PROMPTS, self.recorder.memory)
         self.on_logits: Callable[[Tensor], None] | None = None  # sees every row of logits in order; for checks
         # Zeros are not touched until they are used: a large table costs memory only for the rows in use.
         self._token_ids = np.zeros((num_slots, max_model_len), dtype=np.int32)
@@ -139,12 +141,12 @@ class Runner:
         scored = {i: r for i, r in enumerate(plan.requests) if r.wants_prompt_logprobs}
         logits = None
         single = len(done) == len(token_ids) and not plan.joined and not scored
-        crosses = batch.encoded is not None and batch.encoded.rows is not None
-        sees_media = crosses or batch.media is not None  # such rows cannot be filled up
-        if self.recorder is not None and single and not (sees_media and isinstance(self.recorder, GraphRecorder)):
+        if self.recorder is not None and single:
             logits = self.recorder.run(token_ids, batch)
         if logits is None:
-            state = self._forward(token_ids, batch)
+            state = None if self.prompts is None else self.prompts.run(token_ids, batch)
+            if state is None:
+                state = self._forward(token_ids, batch)
             ends = np.cumsum(counts)
             for index, request in scored.items():
                 first = ends[index] - counts[index]
@@ -186,8 +188,10 @@ class Runner:
             if adapter is None or self._placed.get(slot) == adapter.digest:
                 continue
             self._placed.pop(slot, None)  # if this fails, nobody knows what is there
-            if self._adapters.place(slot, adapter) and self.recorder is not None:
-                self.recorder.reset()
+            if self._adapters.place(slot, adapter):
+                for recorder in (self.recorder, self.prompts):
+                    if recorder is not None:
+                        recorder.reset()
             self._placed[slot] = adapter.digest
 
     def _encode_media(self, plan: Plan) -> None:

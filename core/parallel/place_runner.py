@@ -41,7 +41,7 @@ class PlaceRunner(Runner):
         )  # fmt: skip
         self.place = place
         if place.tp_size * place.pp_size > 1:
-            self.recorder = None
+            self.recorder = self.prompts = None
         # what takes tokens' places goes into the first stage, what cross attention reads into every one
         self._encodes = self._encodes and (place.is_first or self._crosses)
         self._forward = functools.partial(run_stage, model, blocks, place)

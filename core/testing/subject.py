@@ -291,7 +291,7 @@ class Subject:
 def engine_model(llm: LLM) -> nn.Module:
     """The model inside an engine, every step of which is run: recordings of steps would pass by its hooks."""
     engine = llm._front.engine
-    engine.runner.recorder = None
+    engine.runner.recorder = engine.runner.prompts = None
     return engine.model
 
 

@@ -140,6 +140,14 @@ struct Reader {
     }
 };
 
+static const char *data_of(PyObject *o) {  // null for what is not a tensor
+    DLTensor view;
+    PyObject *type = (PyObject *)Py_TYPE(o);
+    if (type != tensor_type && type != parameter_type) return nullptr;
+    if (exchange->view(o, &view)) return PyErr_Clear(), nullptr;
+    return (const char *)view.data + view.byte_offset;
+}
+
 static PyObject *answer(bool done) {
     PyObject *o = done ? Py_True : Py_False;
     Py_INCREF(o);
@@ -165,7 +173,11 @@ template <class A, class F> static PyObject *launch(const Reader &r, double work
         PyEval_RestoreThread(state);
     } else refusal = call();
     if (refusal.message) return refusal.raise();
-    if (recording) recording->add(call, r.args, r.count);
+    if (recording) {
+        recording->calls.push_back(call);
+        for (Py_ssize_t i = 0; i < r.count; ++i)
+            if (const char *data = data_of(r.args[i])) recording->hold(r.args[i], data);
+    }
     return answer(true);
 }
 
@@ -676,6 +688,17 @@ static PyObject *gated_norm(PyObject *, PyObject *const *args, Py_ssize_t count)
     a.x = x.data, a.gate = gate.data, a.weight = weight.data, a.out = out.data, a.x_row = x.stride[0];
     a.gate_row = gate.stride[0], a.dtype = x.dtype, a.weight_dtype = weight.dtype;
     return launch(r, (double)a.tokens * a.width * 5, a, [](const GatedNorm &a) { chosen->gated_norm(a); });
+}
+
+// record(memory): see tape.h.
+static PyObject *record(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Reader r{args, count};
+    Tensor memory = r.t();
+    if (!r.ok()) return nullptr;
+    if (!r.good || !memory.contiguous()) return PyErr_Format(PyExc_TypeError, "record wants a contiguous tensor");
+    DLTensor view;
+    if (exchange->view(args[0], &view)) return nullptr;
+    return start(memory.data, memory.data + memory.count() * (view.bits / 8));
 }
 
 // isa() names the variant in use, isa(name) also switches to it; for tests and benchmarks.

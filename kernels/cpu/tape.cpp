@@ -7,12 +7,10 @@ static thread_local PyObject *recording_capsule = nullptr;  // keeps it alive un
 
 static const char *const NAME = "modelport.tape";
 
-void Tape::add(std::function<Refusal()> call, PyObject *const *args, Py_ssize_t count) {
-    calls.push_back(std::move(call));
-    for (Py_ssize_t i = 0; i < count; ++i) {
-        Py_INCREF(args[i]);
-        held.push_back(args[i]);
-    }
+void Tape::hold(PyObject *tensor, const char *data) {
+    if (data >= from && data < to) return;
+    Py_INCREF(tensor);
+    held.push_back(tensor);
 }
 
 static void destroy(PyObject *capsule) {
@@ -21,9 +19,9 @@ static void destroy(PyObject *capsule) {
     delete tape;
 }
 
-PyObject *record(PyObject *, PyObject *const *, Py_ssize_t) {
+PyObject *start(const char *from, const char *to) {
     if (recording) return PyErr_Format(PyExc_RuntimeError, "this thread is recording already");
-    Tape *tape = new Tape;
+    Tape *tape = new Tape{{}, {}, from, to};
     PyObject *capsule = PyCapsule_New(tape, NAME, destroy);
     if (!capsule) return delete tape, nullptr;
     Py_INCREF(capsule);

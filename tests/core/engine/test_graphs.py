@@ -8,6 +8,7 @@ import torch
 from modelport import LLM, SamplingParams
 from modelport.batch import Batch, Pages
 from modelport.engine import graphs
+from modelport.engine.buckets import Buckets
 from modelport.engine.graphs import GraphRecorder
 from modelport.modeling.cache import StateSpec
 from modelport.plugin import load_plugins
@@ -33,7 +34,7 @@ def step(rows: int, columns: int = 2, seed: int = 0) -> tuple[torch.Tensor, Batc
 
 
 def test_a_bucket_is_filled_up_with_rows_of_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "BUCKETS", (4, 8))
+    monkeypatch.setattr(graphs, "BUCKETS", Buckets((4, 8), 64))
     seen: list[tuple[torch.Tensor, Batch]] = []
 
     def function(token_ids: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -114,7 +115,7 @@ OTHERS = [a.name for a in load_plugins().architectures.values() if a.tiny and a.
 @pytest.mark.parametrize("name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_families(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests end and come at different times, so that most steps have rows of no sequence."""
-    monkeypatch.setattr(graphs, "BUCKETS", (4,))
+    monkeypatch.setattr(graphs, "BUCKETS", Buckets((4,), 64))
     ModuleReference(load_plugins().find([name])).save(tmp_path)
     llm = LLM(
         str(tmp_path), skip_tokenizer_init=True, max_model_len=128, num_kv_blocks=10, enable_prefix_caching=False,
