@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 CHUNK = {"cpu": 256, "cuda": 4096}
 """Tokens in one step when the user does not say: long enough for good matrix products, short enough that running
 requests wait little for somebody's prompt."""
+ALONE = {"cpu": 512, "cuda": 4096}
+"""The same while nobody waits for a next token: what is to be done once for each step, and each layer, is done less."""
 
 MEDIA_ROWS = 8192
 """Rows of encoded images, videos and sounds that are kept, if the longest request has no more."""
@@ -58,7 +60,8 @@ class Engine:
         wanted = settings.max_model_len or about.text.max_position_embeddings
         inputs = about.architecture.inputs
         span = 0 if inputs is None else wanted if inputs.longest_span is None else inputs.longest_span
-        limits = Limits(wanted, seqs, max(chunk, span))
+        alone = chunk if settings.max_num_batched_tokens else max(chunk, ALONE.get(about.device.type, chunk))
+        limits = Limits(wanted, seqs, max(alone, span))
         self.is_remote = False
         self._executor: Executor | None = None
         if settings.num_places == settings.data_parallel_size == 1:
@@ -80,22 +83,28 @@ class Engine:
             self.runner = self._executor = start_executor(about, plugins, settings, limits, progress)
             self.model, memory, rope = self.runner.model, self.runner.memory, self.runner.rope
             self.is_remote = self.runner.is_remote
-        self._settings, self._inputs, self._chunk = settings, inputs, chunk
+        self._settings, self._inputs, self._chunk, self._alone = settings, inputs, chunk, alone
         self._open(memory, rope)
         self.token_text: Callable[[int], str] | None = None  # text of one token, for log-probabilities
 
     def _open(self, memory: Memory, rope: Rope | None) -> None:
         """An empty cache and empty queues."""
-        settings, chunk, inputs = self._settings, self._chunk, self._inputs
+        settings, alone, inputs = self._settings, self._alone, self._inputs
         self.max_model_len = memory.max_model_len
         self.cache = Cache(memory.groups, settings.block_size, settings.enable_prefix_caching and memory.shareable)
         rows = MEDIA_ROWS * (4 if any(group.cross for group in memory.groups) else 1)
         self._flying: deque[Plan] = deque()
         self._depth = 1 if self._executor is None else settings.pipeline_parallel_size
-        media = None if inputs is None else MediaCache(max(memory.max_model_len, rows), chunk)
+        media = None if inputs is None else MediaCache(max(memory.max_model_len, rows), alone)
         adapters = None if self.adapters is None else AdapterSlots(settings.max_loras)
         self.scheduler = Scheduler(
-            self.cache, memory.num_rows, chunk, rope.length_class if rope else None, media, adapters
+            self.cache,
+            memory.num_rows,
+            alone,
+            rope.length_class if rope else None,
+            media,
+            adapters,
+            while_decoding=self._chunk,
         )
         self.lookahead: Lookahead | None = None
         if self._executor is None and self.runner.device.type == "cuda":

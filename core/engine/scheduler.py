@@ -44,6 +44,7 @@ class Scheduler:
 
     :param max_num_seqs: most running requests; also the number of slots.
     :param max_num_batched_tokens: most tokens in one step.
+    :param while_decoding: most tokens in one step while some request waits for its next one; as many when not given.
     :param length_class: `Rope.length_class` of a model whose rotary angles depend on length.
     :param media: of a model that takes media.
     :param adapters: of a model that takes adapters.
@@ -57,10 +58,12 @@ class Scheduler:
         length_class: Callable[[int, int], int] | None = None,
         media: MediaCache | None = None,
         adapters: AdapterSlots | None = None,
+        while_decoding: int | None = None,
     ):
         self._length_class, self.media, self.adapters = length_class, media, adapters
         self._passed: tuple[Request | None, int] = (None, 0)  # who was first in the queue, and how often passed by
         self.cache, self.max_num_batched_tokens = cache, max_num_batched_tokens
+        self._while_decoding = while_decoding or max_num_batched_tokens
         self.waiting: OrderedDict[Request, None] = OrderedDict()  # a queue that anybody can leave
         self.running: list[Request] = []
         self._followers: dict[int, list[Request]] = {}  # id of a leader -> those that wait for its prompt
@@ -92,7 +95,8 @@ class Scheduler:
         :param parts: how many steps are under way at once; each gets so much of the requests.
         """
         most = -(-(len(self.running) + min(len(self.waiting), len(self._slots))) // parts)
-        plan, budget = Plan(), self.max_num_batched_tokens
+        decodes = any(request.num_output_tokens for request in self.running)
+        plan, budget = Plan(), self._while_decoding if decodes else self.max_num_batched_tokens
         if self._length_class is not None:
             self._recompute_outgrown()
         if self.media is not None:

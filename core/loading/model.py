@@ -1,5 +1,7 @@
 """Build an engine's model: architecture and configuration, empty model, plugins' transformations, weights, tables."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +183,15 @@ def build(
             f"{about.architecture.name} keeps tensors that nothing fills: {', '.join(left[:5])}; "
             "compute tables in a `build_tables(device, max_len)` method"
         )
+    _give_back_memory()
     return model.eval()
+
+
+def _give_back_memory() -> None:
+    """What weights were read into, and is free again, goes to the system; glibc would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _quantise(model: nn.Module, name: str, plugins: Plugins) -> None:

@@ -37,6 +37,17 @@ def test_prompts_are_cut_into_chunks_and_run_beside_new_tokens():
     assert run(scheduler) == {"a": 1, "b": 1}
 
 
+def test_steps_are_longer_while_nobody_waits_for_a_next_token():
+    scheduler = Scheduler(cache(64, 4), 8, 10, while_decoding=4)
+    scheduler.add(request("a", 15))
+    scheduler.add(request("b", 12))
+    assert run(scheduler) == {"a": 10}
+    assert run(scheduler) == {"a": 5, "b": 5}
+    assert run(scheduler) == {"a": 1, "b": 3}
+    assert run(scheduler) == {"a": 1, "b": 3}
+    assert run(scheduler) == {"a": 1, "b": 1}
+
+
 def test_no_more_requests_than_slots_run():
     scheduler = Scheduler(cache(64, 4), 2, 100)
     for name in "abc":
