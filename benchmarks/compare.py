@@ -54,9 +54,9 @@ CASES = {
     "decode-8": Case(8, 128, 48),
     "prefill-1024": Case(2, 1024, 1),
     "decode-32": Case(32, 128, 48, engines=WIDE),
-    "trace": Case(24, 128, 64, rate=6.0),
+    "trace": Case(48, 128, 64, rate=16.0),
     "long-1024": Case(1, 1024, 32, engines=WIDE),
-    "decode-128": Case(128, 128, 64, engines=WIDE),
+    "decode-128": Case(128, 128, 192, engines=WIDE),
 }
 ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: interpreter, form of the model, settings
     "modelport": ("modelport", "bf16", {}),
@@ -141,9 +141,12 @@ def _run_rounds(
     """All cases on all engines, round by round, until there were enough rounds or the minutes are over."""
     deadline = time.monotonic() + 60 * args.minutes
     unable: set[tuple[str, str]] = set()
-    for number in range(args.rounds):
-        limits = subprocess.run([sys.executable, str(HERE / "limits.py")], check=True, capture_output=True, text=True)
-        result["limits"].append(json.loads(limits.stdout))
+    for number in range(-args.warm_up, args.rounds):
+        if number >= 0:
+            limits = subprocess.run(
+                [sys.executable, str(HERE / "limits.py")], check=True, capture_output=True, text=True
+            )
+            result["limits"].append(json.loads(limits.stdout))
         for case_name in args.cases:
             if time.monotonic() > deadline:  # a case that was begun is finished, so that its ratios are whole
                 print(f"{args.minutes:g} minutes are over before {case_name} in round {number + 1}", flush=True)
@@ -163,7 +166,8 @@ def _run_rounds(
                     continue
                 record["figures"] = measure.figures(work, times)
                 record["first_tokens"] = [ids[0] for ids in tokens]
-                result["rounds"].append(record)
+                if number >= 0:
+                    result["rounds"].append(record)
                 print(f"round {number + 1}  {case_name:13} {name:20} {_line(record['figures'])}", flush=True)
 
 
@@ -239,6 +243,7 @@ def _arguments() -> argparse.Namespace:
                         metavar="A,B")  # fmt: skip
     parser.add_argument("--cases", type=_names(CASES), default=list(CASES), metavar="A,B")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before these, which do not count")
     parser.add_argument("--minutes", type=float, default=10, help="begin no case after this long")
     parser.add_argument("--starts", type=int, default=3, help="starts of each engine")
     parser.add_argument("--slow-start", type=float, default=20, help="an engine slower than this starts once")
