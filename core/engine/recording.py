@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -33,10 +34,12 @@ from modelport.kernels import cpu
 
 logger = logging.getLogger(__name__)
 State = Tensor | tuple[Tensor, ...]
-BUCKETS = Buckets((*range(1, 9), *range(10, 16, 2), *range(16, 64, 4), *range(64, 129, 8)), columns=64)
+BUCKETS = Buckets((*range(1, 9), *range(10, 16, 2), *range(16, 64, 4), *range(64, 129, 8)), columns=256)
 """For steps of one token per sequence. With more than 128 the kernels take so long that Python's part is small."""
-PROMPTS = Buckets((), columns=64, seqs=(8, 64, 256), full=128)
+PROMPTS = Buckets((), columns=256, seqs=(8, 64, 256), full=128)
 """For all others."""
+LONG = 0.5
+"""Seconds of a step that is not worth a recording, since a proof costs as much and Python's part is small."""
 MOST_BYTES = 64 << 20
 """Of memory for all that a step has at one time; steps that need more are not recorded."""
 _MOST_RECORDINGS = 64  # the one that was not used for longest goes first
@@ -109,7 +112,11 @@ class Recorder:
         if step.is_whole:
             return None
         # What a layer makes once for these sizes and keeps has to be there before: others use a recording's memory.
-        return _first(self.function(*Inputs(step).record()), step.rows)
+        began = time.monotonic()
+        output = _first(self.function(*Inputs(step).record()), step.rows)
+        if time.monotonic() - began > LONG:
+            del self._seen[key]
+        return output
 
     def _record(self, key: tuple, step: Step) -> State:
         inputs = Inputs(step)

@@ -132,7 +132,7 @@ def test_a_table_that_outgrows_its_recording():
     assert recorder.num_replays == 7
     same_as_plain(recorder, range(10), columns=60)
     assert recorder.num_replays == 17
-    same_as_plain(recorder, range(10), columns=130)
+    same_as_plain(recorder, range(10), columns=257)
     assert recorder.num_replays == 24  # recorded and proved again
     same_as_plain(recorder, range(10), columns=33)
     assert recorder.num_replays == 34
@@ -191,6 +191,15 @@ def test_what_nobody_could_see_is_found_by_the_proof():
     assert torch.equal(recorder.run(*step(2)), EMBEDDING[step(2)[0]] + 1)
     assert recorder.run(*step(3)) is None
     assert "something else" in recorder.given_up
+
+
+def test_steps_that_take_long_are_not_recorded(monkeypatch):
+    monkeypatch.setattr(recording, "LONG", 0.0)
+    recorder = Recorder(kernels_and_operations)
+    same_as_plain(recorder, range(6), rows=9)  # filled up to 10
+    assert (recorder.num_replays, recorder.given_up) == (0, None)
+    same_as_plain(recorder, range(6), rows=8)
+    assert recorder.num_replays == 3
 
 
 def test_recurrent_states_advance_once_a_step():
