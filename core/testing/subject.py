@@ -312,7 +312,8 @@ def continuations(prompts: Sequence[Prompt], outputs: Sequence[RequestOutput]) -
 
 
 def difference(base: Continuation, other: Continuation) -> float:
-    """The largest difference between two runs of one prompt, relative to the largest logit.
+    """The largest difference between two runs of one prompt, relative to the largest logit; of log-probabilities, what
+    goes beyond their own rounding.
 
     Where both choose among tokens that rounding cannot tell apart they may part; what follows is not compared.
 
@@ -337,7 +338,9 @@ def difference(base: Continuation, other: Continuation) -> float:
         return largest(other.logits[:rows] - base.logits[:rows]) / scale
     chosen = torch.tensor(base.token_ids[:until], dtype=torch.int64)
     wanted = base.steps[:until].log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-    return largest(other.logprobs[:until] - wanted) / scale
+    # A log-probability near -6 has few digits left where the largest logit is a thousandth.
+    rounding = torch.finfo(torch.float32).eps * wanted.abs()
+    return largest(((other.logprobs[:until] - wanted).abs() - rounding).clamp_min(0.0)) / scale
 
 
 def magnitude(logits: Tensor) -> float:
