@@ -255,6 +255,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, default=CACHE / "logs", help="folder for what the engines print")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-MACHINE.json")
     args = parser.parse_args()
+    if args.warm_up < 0:
+        parser.error(f"--warm-up {args.warm_up}: a number of rounds is 0 or more")
     if args.out is None:
         machine = _machine()
         words = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")

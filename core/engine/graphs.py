@@ -68,15 +68,15 @@ class GraphRecorder:
             self.num_replays += 1
             return again()[: step.rows]
         if step.key in self._seen:  # what comes once need not come again
-            return self._record(step, batch)
+            return self._record(step)
         self._seen.add(step.key)
         return None
 
-    def _record(self, step: Step, batch: Batch) -> Tensor:
+    def _record(self, step: Step) -> Tensor:
         inputs = Inputs(step)
-        before = save_states(self.states, batch)
+        before = save_states(self.states, step.batch)
         output = self.function(*inputs.record())[: step.rows].clone()
-        after = save_states(self.states, batch)
+        after = save_states(self.states, step.batch)
         try:
             again = self._capture(lambda: self.function(*inputs.record()))
             put_states(self.states, before)

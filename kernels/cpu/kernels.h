@@ -41,9 +41,10 @@ struct Draw {  // x: (rows, width); the others (rows,)
     int dtype, threads;
 };
 
+constexpr int64_t MOST_LIKELY = 128;
 struct Logprobs {  // x: (rows, width)
     const void *x;
-    int64_t rows, width, stride, k;
+    int64_t rows, width, stride, k;  // k: at most MOST_LIKELY
     const int64_t *tokens;  // (rows,)
     float *own;             // (rows,): log-probability of that token
     int32_t *ranks;         // (rows,): of it, the likeliest has 1

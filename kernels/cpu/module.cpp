@@ -316,7 +316,7 @@ static PyObject *logprobs(PyObject *, PyObject *const *args, Py_ssize_t count) {
     REQUIRE(r.good && x.rows(2) && x.floating() && x.n[1] > 0 && x.n[1] < 1 << 30 && ids.dims == 2 && values.dims == 2);
     REQUIRE(tokens.list(INT64, x.n[0]) && own.list(FLOAT32, x.n[0]) && ranks.list(INT32, x.n[0]));
     for (const Tensor &t : {ids, values}) REQUIRE(t.contiguous() && t.n[0] == x.n[0] && t.n[1] == ids.n[1]);
-    REQUIRE(ids.dtype == INT64 && values.dtype == FLOAT32 && ids.n[1] <= x.n[1] && ids.n[1] <= 128);
+    REQUIRE(ids.dtype == INT64 && values.dtype == FLOAT32 && ids.n[1] <= x.n[1] && ids.n[1] <= MOST_LIKELY);
     a.x = x.data, a.rows = x.n[0], a.width = x.n[1], a.stride = x.stride[0], a.k = ids.n[1], a.dtype = x.dtype;
     a.tokens = (const int64_t *)tokens.data, a.own = (float *)own.data, a.ranks = (int32_t *)ranks.data;
     a.ids = (int64_t *)ids.data, a.values = (float *)values.data;
